@@ -1,0 +1,40 @@
+"""Crane: one door to any model. ``create_app`` is the one place where the parts meet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from backend.config import Config
+
+
+def create_app(config: Config | None = None) -> Flask:
+    """Build the service from its settings; raises ``ValueError`` that lists all that is wrong."""
+    # Imported here, for the engine's process imports this package too and needs no Flask.
+    import atexit
+    import logging.config
+
+    from flask import Flask
+
+    from backend import crane_api, http, ops_api
+    from backend.config import Config
+    from backend.engine.client import connect
+    from backend.logs import logging_config
+    from backend.models import Crane
+    from backend.registry import Registry
+
+    config = config or Config.from_env()
+    logging.config.dictConfig(logging_config(config.log_level, config.log_format))
+    registry = Registry.load(config.models)
+    engine = connect(config, registry)
+    atexit.register(engine.close)
+
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body
+    app.extensions["crane"] = Crane(config=config, registry=registry, engine=engine)
+    http.install(app, config)
+    app.register_blueprint(crane_api.bp)
+    app.register_blueprint(ops_api.bp)
+    return app

@@ -1,0 +1,31 @@
+"""Which adapter performs a task. A new one is one class and one line here."""
+
+from __future__ import annotations
+
+from backend.adapters.base import Adapter
+from backend.adapters.echo import Echo
+from backend.adapters.generation import CausalGenerator, Chat, Seq2SeqGenerator, Translator
+from backend.adapters.sentence_transformers import Embedder, Reranker
+from backend.adapters.understanding import (
+    MaskFiller,
+    QuestionAnswerer,
+    TextClassifier,
+    TokenClassifier,
+    ZeroShotClassifier,
+)
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "echo": Echo,
+    "text-generation": CausalGenerator,
+    "chat": Chat,
+    "summarization": Seq2SeqGenerator,
+    "translation": Translator,
+    "text2text-generation": Seq2SeqGenerator,
+    "embeddings": Embedder,
+    "rerank": Reranker,
+    "text-classification": TextClassifier,
+    "zero-shot-classification": ZeroShotClassifier,
+    "token-classification": TokenClassifier,
+    "question-answering": QuestionAnswerer,
+    "fill-mask": MaskFiller,
+}

@@ -1,0 +1,153 @@
+"""Embeddings and reranking through sentence-transformers, with the model's own pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.transformers_base import quiet, too_long
+from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+
+
+class SentenceTransformersAdapter(Adapter):
+    """Loads ``class_name`` from the entry's weights."""
+
+    class_name: str
+
+    def load(self) -> None:
+        import sentence_transformers
+
+        quiet()
+        weights, revision = find_weights(self.spec)
+        self.device = pick_device(self.device)
+        how = {"dtype": pick_dtype(self.dtype, self.device), **self.spec.load_kwargs}
+        self.model: Any = getattr(sentence_transformers, self.class_name)(
+            weights, device=self.device, model_kwargs=how, **revision
+        )
+        self.model.eval()
+        transformer = self.model[0].auto_model
+        self.dtype = str(transformer.dtype).removeprefix("torch.")
+        self.revision = getattr(transformer.config, "_commit_hash", None) or self.spec.revision
+        self.window = self.model.max_seq_length
+
+    def unload(self) -> None:
+        del self.model
+        release_memory()
+
+    def forward(self, inputs: list[Any]) -> tuple[dict[str, Any], list[int]]:
+        """Run the model once on all inputs; return its outputs and each input's tokens."""
+        import torch
+
+        features = self.model.preprocess(inputs)
+        tokens: list[int] = features["attention_mask"].sum(dim=1).tolist()
+        features = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in features.items()
+        }
+        with torch.inference_mode():
+            return self.model(features), tokens
+
+    def overlong(self, inputs: list[Any], tokens: list[int]) -> dict[int, int]:
+        """The tokens of each input that was cut to the window.
+
+        Only an input that fills the window can have been cut, so only those are counted again.
+        """
+        if self.window is None:
+            return {}
+        full = {i: inputs[i] for i, count in enumerate(tokens) if count >= self.window}
+        counts = {}
+        for index, value in full.items():
+            texts = value if isinstance(value, list | tuple) else (value,)
+            ids = self.model.tokenizer(*texts, truncation=False, verbose=False)["input_ids"]
+            counts[index] = len(ids)
+        return {index: count for index, count in counts.items() if count > self.window}
+
+
+class Embedder(SentenceTransformersAdapter):
+    class_name = "SentenceTransformer"
+
+    def predict(self, batch: Batch) -> list[Prediction | CraneError]:
+        import torch
+
+        wanted, width = batch.options["dimensions"], self.model.get_embedding_dimension()
+        if wanted is not None and width is not None and wanted > width:
+            return [_too_wide(wanted, width)] * len(batch)
+        outputs, tokens = self.forward(batch.inputs)
+        vectors = outputs["sentence_embedding"].float()[:, :wanted]
+        if batch.options["normalize"]:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        rows = vectors.cpu().numpy()
+        cut = self.overlong(batch.inputs, tokens)
+        truncate = batch.options["truncate"]
+        return [
+            too_long(cut[index], self.window)
+            if index in cut and not truncate
+            else Prediction(row, {"input_tokens": tokens[index]}, _cut_or_not(index in cut))
+            for index, row in enumerate(rows)
+        ]
+
+
+class Reranker(SentenceTransformersAdapter):
+    class_name = "CrossEncoder"
+
+    def load(self) -> None:
+        super().load()
+        if self.model.num_labels != 1:
+            raise ModelUnavailable(
+                f"It gives {self.model.num_labels} scores for a pair; a reranker gives one."
+            )
+
+    def size(self, value: Any) -> int:
+        return sum(super(Reranker, self).size(text) for text in value["documents"])
+
+    def predict(self, batch: Batch) -> list[Prediction | CraneError]:
+        pairs = [
+            [value["query"], document] for value in batch.inputs for document in value["documents"]
+        ]
+        # Pairs of like length run together, whoever asked; at most as many as an entry allows.
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        scores, tokens, cut = [0.0] * len(pairs), [0] * len(pairs), dict[int, int]()
+        step = self.spec.max_batch_size
+        for indices in (order[i : i + step] for i in range(0, len(order), step)):
+            some = [pairs[i] for i in indices]
+            outputs, counts = self.forward(some)
+            values = self._activate(outputs["scores"])
+            for i, score, count in zip(indices, values, counts, strict=True):
+                scores[i], tokens[i] = score, count
+            cut |= {indices[i]: count for i, count in self.overlong(some, counts).items()}
+        results: list[Prediction | CraneError] = []
+        start = 0
+        for value in batch.inputs:
+            span = range(start, start := start + len(value["documents"]))
+            results.append(self._rank(span, scores, tokens, cut, batch.options))
+        return results
+
+    def _activate(self, logits: Any) -> list[float]:
+        # In float32 as CrossEncoder.predict does it, or close scores would tie.
+        scores: list[float] = self.model.activation_fn(logits.float()).flatten().tolist()
+        return scores
+
+    def _rank(
+        self,
+        span: range,
+        scores: list[float],
+        tokens: list[int],
+        cut: dict[int, int],
+        options: dict[str, Any],
+    ) -> Prediction | CraneError:
+        long = [i for i in span if i in cut]
+        if long and not options["truncate"]:
+            return too_long(cut[long[0]], self.window, f"input.documents[{long[0] - span.start}]")
+        best = sorted(span, key=lambda i: -scores[i])[: options["top_n"]]
+        output = [{"index": i - span.start, "score": scores[i]} for i in best]
+        usage = {"input_tokens": sum(tokens[i] for i in span)}
+        return Prediction(output, usage, _cut_or_not(bool(long)))
+
+
+def _cut_or_not(cut: bool) -> dict[str, Any]:
+    return {"truncated": True} if cut else {}
+
+
+def _too_wide(wanted: int, width: int) -> InvalidRequest:
+    return InvalidRequest.of({"options.dimensions": f"must be at most {width}, not {wanted}"})

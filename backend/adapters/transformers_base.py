@@ -1,0 +1,83 @@
+"""What every transformers adapter shares: a tokenizer, a model, and the model's window."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from backend.adapters.base import Adapter
+from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.errors import InvalidRequest
+
+
+class TransformersAdapter(Adapter):
+    """Loads ``auto_class`` and its tokenizer from the entry's weights."""
+
+    auto_class: ClassVar[str]
+    padding_side: ClassVar[str | None] = None
+
+    def load(self) -> None:
+        import transformers
+
+        quiet()
+        weights, revision = find_weights(self.spec)
+        self.device = pick_device(self.device)
+        sides = {"padding_side": self.padding_side} if self.padding_side else {}
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **sides)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        how = {"dtype": pick_dtype(self.dtype, self.device), **revision, **self.spec.load_kwargs}
+        model = getattr(transformers, self.auto_class).from_pretrained(weights, **how)
+        # A device map in the entry's `load` has placed the model already.
+        self.model = model if "device_map" in how else model.to(self.device)
+        self.model.eval()
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.revision = getattr(self.model.config, "_commit_hash", None) or self.spec.revision
+        self.window = model_window(self.model, self.tokenizer)
+        if self.window is not None:
+            self.tokenizer.model_max_length = self.window
+
+    def unload(self) -> None:
+        del self.model, self.tokenizer
+        release_memory()
+
+    def count_tokens(self, texts: list[str], pairs: list[str] | None = None) -> list[int]:
+        encoded = self.tokenizer(texts, pairs, add_special_tokens=True, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def too_long(self, tokens: int, what: str = "input") -> InvalidRequest:
+        return too_long(tokens, self.window or 0, what)
+
+
+def too_long(tokens: int, window: int, what: str = "input") -> InvalidRequest:
+    """The refusal of an input that does not fit the model's window."""
+    return InvalidRequest.of(
+        {
+            what: f"has {tokens} tokens and the model's window is {window}; "
+            "shorten it, or set options.truncate to true"
+        }
+    )
+
+
+def model_window(model: Any, tokenizer: Any) -> int | None:
+    """The most tokens the model reads, or None where nothing bounds it.
+
+    The tokenizer's limit and the number of positions, whichever is lower; RoBERTa and its kin
+    begin to count positions after the padding id, and lose those.
+    """
+    limits = []
+    if tokenizer.model_max_length < 10**9:  # else "unknown", which transformers writes as 1e30
+        limits.append(tokenizer.model_max_length)
+    config = model.config.get_text_config()
+    if positions := getattr(config, "max_position_embeddings", None):
+        base = getattr(model.base_model, "embeddings", None)
+        table = getattr(base, "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        limits.append(positions if padding is None else positions - padding - 1)
+    return min(limits, default=None)
+
+
+def quiet() -> None:
+    """Keep progress bars out of the log."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,156 @@
+"""The settings: read once from the environment, checked whole, frozen."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from backend.errors import did_you_mean
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def size(text: str) -> int:
+    """Bytes of ``33554432``, ``32MiB`` or ``450MB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2].upper() not in _SIZES or float(match[1]) <= 0:
+        raise ValueError("must be a size above 0, such as 33554432 or 32MiB")
+    return int(float(match[1]) * _SIZES[match[2].upper()])
+
+
+def duration(text: str) -> float:
+    """Seconds of ``120``, ``1.5s``, ``500ms``, ``15m`` or ``1h``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)", text)
+    if not match or float(match[1]) <= 0:
+        raise ValueError("must be a duration above 0, such as 120, 90s, 500ms or 15m")
+    return float(match[1]) * _DURATIONS[match[2]]
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def address(text: str) -> str:
+    """``host:port`` or ``[v6]:port``; port 0 takes a free one."""
+    try:
+        parts = urlsplit(f"//{text}")
+        if parts.hostname and parts.port is not None and not parts.path and not parts.username:
+            return text
+    except ValueError:
+        pass
+    raise ValueError("must be host:port, such as 127.0.0.1:8000")
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise ValueError("must be one device: auto, cpu, mps, cuda or cuda:0")
+    return text
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """``*`` alone, or a comma-separated list of origins such as ``https://app.example.com``."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d+)?", name):
+            raise ValueError(f"{name!r} is not an origin such as https://app.example.com")
+    if "*" in names and len(names) > 1:
+        raise ValueError("must be '*' alone or a list of origins")
+    return names
+
+
+def _default_workers() -> int:
+    return 1 if (os.cpu_count() or 1) <= 4 else 2
+
+
+def _setting(name: str, parse: Callable[[str], Any], default: Any) -> Any:
+    metadata = {"name": f"CRANE_{name}", "parse": parse}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What an operator may set. Times are in seconds, sizes in bytes."""
+
+    models: Path = _setting("MODELS", Path, Path("models.yaml"))
+    bind: str = _setting("BIND", address, "127.0.0.1:8000")
+    workers: int = _setting("WORKERS", whole(1, 128), _default_workers)
+    threads: int = _setting("THREADS", whole(1, 1024), 128)
+    engine: str = _setting("ENGINE", one_of("process", "inline"), "inline")
+    engine_socket: Path | None = _setting("ENGINE_SOCKET", Path, None)
+    device: str = _setting("DEVICES", device, "auto")
+    dtype: str = _setting("DTYPE", one_of("auto", "float32", "float16", "bfloat16"), "auto")
+    request_timeout_s: float = _setting("REQUEST_TIMEOUT", duration, 120.0)
+    load_wait_s: float = _setting("LOAD_WAIT", duration, 60.0)
+    queue_size: int = _setting("QUEUE_SIZE", whole(1, 100_000), 1024)
+    max_body: int = _setting("MAX_BODY", size, 32 * 2**20)
+    max_batch: int = _setting("MAX_BATCH", whole(1, 100_000), 256)
+    max_text: int = _setting("MAX_TEXT", whole(1, 100_000_000), 1_000_000)
+    data_dir: Path = _setting("DATA_DIR", Path, Path(".crane"))
+    allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
+    log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
+    log_format: str = _setting("LOG_FORMAT", one_of("auto", "json", "console"), "auto")
+
+    def __post_init__(self) -> None:
+        if self.engine == "process" and self.engine_socket is None:
+            raise ValueError(
+                "CRANE_ENGINE=process needs CRANE_ENGINE_SOCKET, which gunicorn.conf.py sets; "
+                "without gunicorn.conf.py use CRANE_ENGINE=inline"
+            )
+        if self.max_batch > self.queue_size:
+            raise ValueError("CRANE_MAX_BATCH must not be above CRANE_QUEUE_SIZE")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Config:
+        """Read the ``CRANE_…`` settings; raise ``ValueError`` that lists every fault at once."""
+        known = {f.metadata["name"]: f for f in fields(cls)}
+        values: dict[str, Any] = {}
+        faults: list[str] = []
+        for name in sorted(environ):
+            if not name.startswith("CRANE_"):
+                continue
+            if name not in known:
+                hint = did_you_mean(name, list(known))
+                faults.append(f"{name} is not a Crane setting ({hint})")
+                continue
+            try:
+                values[known[name].name] = known[name].metadata["parse"](environ[name].strip())
+            except ValueError as error:
+                faults.append(f"{name}={environ[name]!r} {error}")
+        if not faults:
+            try:
+                return cls(**values)
+            except ValueError as error:
+                faults.append(str(error))
+        raise ValueError("Crane's settings are wrong:\n" + "\n".join(f"  {f}" for f in faults))
+
+    @property
+    def engine_threads(self) -> int:
+        """CPU threads for the model: every core, for one model's batch outweighs its callers.
+
+        ``bench/embeddings.py`` on two cores: 2 threads beat 1 at every number of clients.
+        """
+        return max(1, math.floor(os.cpu_count() or 1))

@@ -1,0 +1,171 @@
+"""What travels through an engine: a call on its way in, an answer on its way out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import orjson
+
+from backend.adapters.base import Prediction
+from backend.errors import CraneError, InternalError, InvalidRequest
+
+
+class State(StrEnum):
+    """Where a model is between asked for and gone."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    DEFUNCT = "defunct"
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One request for a model: its inputs, and how long its caller waits."""
+
+    request_id: str
+    model_id: str
+    inputs: list[Any]
+    options: dict[str, Any]
+    seeds: list[int] | None
+    timeout_s: float
+
+    def to_wire(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What became of a call. ``usage`` and ``facts`` have an entry for each output."""
+
+    outputs: list[Any]
+    usage: list[Mapping[str, int | float]]
+    facts: list[dict[str, Any]]
+    revision: str | None
+    device: str
+    dtype: str
+    batch_size: int
+    timings_ms: dict[str, float]
+
+    def to_wire(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelStatus:
+    """What an engine knows of one model, as ``GET /crane/models`` shows it."""
+
+    state: State = State.UNLOADED
+    queue: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    load_s: float | None = None
+    error: str | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Job:
+    """A call inside the engine, until its last input is answered.
+
+    Only the model's worker answers its items, so counting them needs no lock; ``cancel`` and
+    ``fail`` may come from any thread.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.future: Future[Answer] = Future()
+        self.queued_at = time.monotonic()
+        self.deadline = self.queued_at + call.timeout_s
+        # Items with equal keys may share a batch.
+        self.key = orjson.dumps(call.options, option=orjson.OPT_SORT_KEYS)
+        self.items = [Item(self, index) for index in range(len(call.inputs))]
+        self._cancelled = False
+        self._open = len(self.items)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits any more: the caller said so, or the deadline has passed."""
+        return self._cancelled or time.monotonic() > self.deadline
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def fail(self, error: CraneError) -> None:
+        """Answer the whole call with an error, once."""
+        self._cancelled = True
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    def _item_done(self, about: Mapping[str, Any]) -> None:
+        self._open -= 1
+        if self._open or self.future.done():
+            return
+        if errors := [(item, item.error) for item in self.items if item.error]:
+            self.future.set_exception(self._error(errors))
+            return
+        predictions = [item.prediction for item in self.items if item.prediction]
+        self.future.set_result(
+            Answer(
+                outputs=[prediction.output for prediction in predictions],
+                usage=[prediction.usage for prediction in predictions],
+                facts=[prediction.facts for prediction in predictions],
+                batch_size=max(item.batch_size for item in self.items),
+                timings_ms={
+                    # The items of a call may run in several batches: the longest of each counts.
+                    name: max(item.timings_ms[name] for item in self.items)
+                    for name in ("queue", "load", "inference")
+                },
+                **about,
+            )
+        )
+
+    def _error(self, errors: list[tuple[Item, CraneError]]) -> CraneError:
+        faults: dict[str, str] = {}
+        for item, error in errors:
+            if not isinstance(error, InvalidRequest):
+                return error
+            at = f"input[{item.index}]" if len(self.items) > 1 else "input"
+            for path, fault in error.details.items():
+                faults[path.replace("input", at, 1)] = fault
+        return InvalidRequest.of(faults)
+
+
+class Item:
+    """One input of a job, in a worker's queue."""
+
+    __slots__ = ("batch_size", "error", "index", "job", "prediction", "size", "timings_ms")
+
+    def __init__(self, job: Job, index: int) -> None:
+        self.job = job
+        self.index = index
+        self.size = 1
+        self.prediction: Prediction | None = None
+        self.error: CraneError | None = None
+        self.batch_size = 0
+        self.timings_ms: dict[str, float] = {}
+
+    @property
+    def input(self) -> Any:
+        return self.job.call.inputs[self.index]
+
+    @property
+    def seed(self) -> int | None:
+        return self.job.call.seeds[self.index] if self.job.call.seeds else None
+
+    def answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
+        if isinstance(result, CraneError):
+            self.error = result
+        elif isinstance(result, Prediction):
+            self.prediction = result
+        else:
+            self.error = InternalError()
+        self.job._item_done(about)

@@ -1,0 +1,53 @@
+"""Inputs and options in, outputs out, within a deadline."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from backend.adapters import ADAPTERS
+from backend.config import Config
+from backend.engine.calls import Call, Job
+from backend.engine.pool import WorkerPool
+from backend.registry import Registry
+
+logger = logging.getLogger("crane.engine")
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+class Engine:
+    """Runs calls on the models of a registry, on one device."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        # Read by the libraries when they are first imported, which is when a model loads.
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads))
+        self._registry = registry
+        self._pool = WorkerPool(
+            ADAPTERS,
+            device=config.device,
+            dtype=config.dtype,
+            queue_size=config.queue_size,
+        )
+
+    def submit(self, call: Call) -> Job:
+        """Queue a call; the job's future ends with the answer or a ``CraneError``.
+
+        Raises ``ModelNotFound``, ``ModelUnavailable`` or ``Overloaded`` where it is not queued.
+        ``Job.cancel`` says that nobody waits for it any more.
+        """
+        job = Job(call)
+        self._pool.submit(self._registry.get(call.model_id), job)
+        return job
+
+    def status(self) -> dict[str, Any]:
+        """This process, and every model that was asked for."""
+        models = {model_id: status.to_wire() for model_id, status in self._pool.status().items()}
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        return {"pid": os.getpid(), "threads": threads, "models": models}
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Finish what is queued, unload every model; give up on what takes longer."""
+        if late := self._pool.close(timeout_s):
+            logger.warning("did not unload in %.0f s: %s", timeout_s, ", ".join(late))

@@ -1,0 +1,86 @@
+"""Which models are resident: each is loaded once, by the first call that needs it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from backend.adapters.base import Adapter
+from backend.engine.calls import Job, ModelStatus, State
+from backend.engine.worker import Worker
+from backend.errors import ModelUnavailable
+from backend.registry import ModelSpec
+
+# A failed load is remembered for 10 s, doubling to 5 min: long enough not to load in a loop,
+# short enough that a mended model comes back by itself.
+FIRST_RETRY_S = 10.0
+LAST_RETRY_S = 300.0
+
+
+class WorkerPool:
+    """Finds a model's worker, or starts one."""
+
+    def __init__(
+        self,
+        adapters: dict[str, type[Adapter]],
+        *,
+        device: str,
+        dtype: str,
+        queue_size: int,
+    ) -> None:
+        self._adapters = adapters
+        self._device = device
+        self._dtype = dtype
+        self._queue_size = queue_size
+        self._workers: dict[str, Worker] = {}
+        self._failures: dict[str, int] = {}
+        self._closed = False
+        self._lock = threading.Lock()  # so that one model never gets two workers
+
+    def submit(self, spec: ModelSpec, job: Job) -> None:
+        """Queue a job with its model's worker. Raises ``ModelUnavailable``, ``Overloaded``."""
+        with self._lock:
+            if self._closed:
+                raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
+            worker = self._workers.get(spec.id)
+            if worker is None or self._is_over(worker):
+                worker = self._workers[spec.id] = self._start(spec)
+        worker.submit(job)
+
+    def status(self) -> dict[str, ModelStatus]:
+        """Where every model stands that was ever asked for."""
+        with self._lock:
+            return {model_id: worker.status() for model_id, worker in self._workers.items()}
+
+    def close(self, timeout_s: float) -> list[str]:
+        """Finish what is queued and unload; return the ids of models that did not end in time."""
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers.values())
+        for worker in workers:
+            worker.close()
+        deadline = time.monotonic() + timeout_s
+        return [
+            worker.model_id
+            for worker in workers
+            if not worker.join(max(0.0, deadline - time.monotonic()))
+        ]
+
+    def _is_over(self, worker: Worker) -> bool:
+        if worker.state is State.READY:
+            self._failures.pop(worker.model_id, None)
+        elif worker.state is State.FAILED and time.monotonic() >= worker.retry_at:
+            self._failures[worker.model_id] = self._failures.get(worker.model_id, 0) + 1
+            return True
+        return worker.state in (State.DEFUNCT, State.UNLOADED)
+
+    def _start(self, spec: ModelSpec) -> Worker:
+        adapter = self._adapters[spec.type](spec, device=self._device, dtype=self._dtype)
+        failures = self._failures.get(spec.id, 0)
+        worker = Worker(
+            adapter,
+            queue_size=self._queue_size,
+            retry_after_s=min(FIRST_RETRY_S * 2**failures, LAST_RETRY_S),
+        )
+        worker.start()
+        return worker

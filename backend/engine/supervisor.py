@@ -1,0 +1,95 @@
+"""Keeps an engine process running, for as long as the process that started it lives.
+
+Run as ``python -m backend.engine.supervisor`` by gunicorn's master, with its standard input as the
+lifeline. It is a process of its own because the master may hold no threads (it forks) and reaps
+every child it sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from backend.config import Config
+from backend.logs import logging_config
+
+logger = logging.getLogger("crane.supervisor")
+
+FIRST_PAUSE_S = 0.1
+LAST_PAUSE_S = 30.0
+STEADY_S = (
+    60.0  # an engine that lived this long did not fail at its start: no pause before the next
+)
+END_TIMEOUT_S = 20.0  # above the engine's own limit, so that it is killed only when stuck
+
+
+class Supervisor:
+    """Starts the engine, and starts it again when it dies, with a growing pause."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._ending = threading.Event()
+        self._lock = threading.Lock()  # so that no engine is started after the end
+        self._engine: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> None:
+        """Keep an engine running until ``end``."""
+        pause_s = FIRST_PAUSE_S
+        while (engine := self._start()) is not None:
+            started = time.monotonic()
+            code = engine.wait()
+            if self._ending.is_set():
+                return
+            if time.monotonic() - started > STEADY_S:
+                pause_s = FIRST_PAUSE_S
+            logger.error(
+                "the engine died; starting another",
+                extra={"fields": {"exit_code": code, "pause_s": pause_s}},
+            )
+            self._ending.wait(pause_s)
+            pause_s = min(pause_s * 2, LAST_PAUSE_S)
+
+    def end_with(self, lifeline: IO[bytes]) -> None:
+        """Wait for the lifeline's end, then end the engine: by itself, else by force."""
+        lifeline.read()
+        with self._lock:
+            self._ending.set()
+            engine = self._engine
+        if engine is None:
+            return
+        assert engine.stdin is not None
+        engine.stdin.close()
+        try:
+            engine.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.error("the engine did not end in %.0f s and is killed", END_TIMEOUT_S)
+            engine.kill()
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            if self._ending.is_set():
+                return None
+            self._engine = subprocess.Popen(self._command, stdin=subprocess.PIPE)
+            return self._engine
+
+
+def main() -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    config = Config.from_env()
+    logging.config.dictConfig(logging_config(config.log_level, config.log_format))
+    supervisor = Supervisor([sys.executable, "-m", "backend.engine.server"])
+    ender = threading.Thread(target=supervisor.end_with, args=(sys.stdin.buffer,))
+    ender.start()
+    supervisor.run()
+    ender.join()
+
+
+if __name__ == "__main__":
+    main()

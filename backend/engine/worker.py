@@ -1,0 +1,240 @@
+"""A thread that owns one model: it loads it, runs its batches, and unloads it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from backend.adapters.base import Adapter, Batch, Prediction
+from backend.engine.calls import Item, Job, ModelStatus, State
+from backend.errors import CraneError, DeadlineExceeded, InternalError, ModelUnavailable, Overloaded
+
+logger = logging.getLogger("crane.engine")
+
+
+class Worker:
+    """Runs one model's calls in batches, from the thread that loaded it.
+
+    It never waits for a batch to fill: when the model is free, all queued work with equal options
+    goes together, up to ``max_batch_size`` inputs. A worker whose load failed refuses its callers
+    until ``retry_at``; the next try is a new worker's.
+    """
+
+    def __init__(self, adapter: Adapter, *, queue_size: int, retry_after_s: float) -> None:
+        self.model_id = adapter.spec.id
+        self.state = State.LOADING
+        self.retry_at = 0.0
+        self._retry_after_s = retry_after_s
+        self._adapter = adapter
+        self._queue_size = queue_size
+        self._queue: deque[Item] = deque()
+        self._running: list[Item] = []
+        # One lock, so that nothing is queued after the last drain.
+        self._changed = threading.Condition()
+        self._closing = False
+        self._ready_at = float("inf")
+        self._load_s: float | None = None
+        self._over: str | None = None
+        self._seconds_per_item = 0.0
+        self._thread = threading.Thread(
+            target=self._run, name=f"model {self.model_id}", daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue every input of a job, or refuse it whole: ``Overloaded``, ``ModelUnavailable``."""
+        for item in job.items:
+            item.size = self._adapter.size(item.input)
+        with self._changed:
+            if self._over is not None:
+                raise self._refusal()
+            if self._closing:
+                raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
+            if len(self._queue) + len(job.items) > self._queue_size:
+                self._drop_cancelled()
+            if len(self._queue) + len(job.items) > self._queue_size:
+                wait_s = max(1.0, len(self._queue) * self._seconds_per_item)
+                raise Overloaded(
+                    f"{self.model_id} has {len(self._queue)} inputs queued, and "
+                    f"{self._queue_size} is the most; try again in {wait_s:.0f} s.",
+                    retry_after_s=wait_s,
+                )
+            self._queue.extend(job.items)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take no more work; what is queued is still answered, then the model is unloaded."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; false if it has not ended by then."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def status(self) -> ModelStatus:
+        loaded = self.state is State.READY
+        return ModelStatus(
+            state=self.state,
+            queue=len(self._queue),
+            device=self._adapter.device if loaded else None,
+            dtype=self._adapter.dtype if loaded else None,
+            load_s=self._load_s,
+            error=self._over,
+        )
+
+    def _run(self) -> None:
+        if not self._load():
+            return
+        try:
+            while batch := self._next_batch():
+                self._answer(batch)
+            self._adapter.unload()
+        except BaseException:
+            # Not an error of a batch, which _answer keeps: this thread cannot go on.
+            logger.exception("%s stopped working", self.model_id)
+            self._stop(State.DEFUNCT, "The model stopped working and is being replaced.")
+        else:
+            self._stop(State.UNLOADED, "The model was unloaded.")
+
+    def _load(self) -> bool:
+        started = time.monotonic()
+        try:
+            self._adapter.load()
+        except BaseException as error:
+            logger.exception("%s did not load", self.model_id)
+            self.retry_at = time.monotonic() + self._retry_after_s
+            why = (
+                error.message if isinstance(error, ModelUnavailable) else "The log has the reason."
+            )
+            self._stop(State.FAILED, f"{self.model_id} did not load. {why}")
+            return False
+        self._ready_at = time.monotonic()
+        self._load_s = round(self._ready_at - started, 3)
+        self.state = State.READY
+        fields = {"device": self._adapter.device, "dtype": self._adapter.dtype}
+        logger.info(
+            "%s loaded", self.model_id, extra={"fields": {**fields, "load_s": self._load_s}}
+        )
+        return True
+
+    def _stop(self, state: State, why: str) -> None:
+        """Be over with: everyone who waits and everyone who comes is refused alike."""
+        with self._changed:
+            self.state, self._over = state, why
+            left = [*self._running, *self._queue]
+            self._queue.clear()
+        for item in left:
+            item.job.fail(self._refusal())
+
+    def _refusal(self) -> ModelUnavailable:
+        left_s = max(1.0, self.retry_at - time.monotonic())
+        return ModelUnavailable(
+            f"{self._over} Try again in {math.ceil(left_s)} s.", retry_after_s=left_s
+        )
+
+    def _drop_cancelled(self) -> None:
+        """Take out of the queue what nobody waits for; the caller holds the lock."""
+        kept: deque[Item] = deque()
+        for item in self._queue:
+            if item.job.cancelled:
+                item.job.fail(DeadlineExceeded("Nobody waited for the answer any more."))
+            else:
+                kept.append(item)
+        self._queue = kept
+
+    def _next_batch(self) -> list[Item]:
+        """Wait for work and take all that may run together; empty once closed and done."""
+        with self._changed:
+            while True:
+                self._drop_cancelled()
+                if self._queue:
+                    break
+                if self._closing:
+                    return []
+                self._changed.wait()
+            key = self._queue[0].job.key
+            batch: list[Item] = []
+            others: deque[Item] = deque()
+            while self._queue and len(batch) < self._adapter.spec.max_batch_size:
+                item = self._queue.popleft()
+                (batch if item.job.key == key else others).append(item)
+            # What was passed over keeps its place at the head.
+            self._queue.extendleft(reversed(others))
+            self._running = batch
+        return batch
+
+    def _answer(self, batch: list[Item]) -> None:
+        for items in _of_like_size(batch, self._adapter.max_batch_tokens):
+            started = time.monotonic()
+            results = self._predict(items)
+            seconds = time.monotonic() - started
+            self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
+            about: dict[str, Any] = {
+                "revision": self._adapter.revision,
+                "device": self._adapter.device,
+                "dtype": self._adapter.dtype,
+            }
+            for item, result in zip(items, results, strict=True):
+                queued_at = item.job.queued_at
+                load = max(0.0, self._ready_at - queued_at)
+                item.batch_size = len(items)
+                item.timings_ms = {
+                    "queue": max(0.0, started - queued_at - load) * 1e3,
+                    "load": load * 1e3,
+                    "inference": seconds * 1e3,
+                }
+                item.answer(result, about)
+        self._running = []
+
+    def _predict(self, items: list[Item]) -> list[Prediction | CraneError]:
+        """Run a batch; if it fails, run its items one by one, so that each fails for itself."""
+        batch = Batch(
+            inputs=[item.input for item in items],
+            options=dict(items[0].job.call.options),
+            seeds=[item.seed for item in items],
+            cancelled=lambda index: items[index].job.cancelled,
+        )
+        try:
+            results = self._adapter.predict(batch)
+            if len(results) != len(items):
+                raise RuntimeError(f"{len(items)} inputs gave {len(results)} outputs")
+        except Exception as error:
+            request_ids = [item.job.call.request_id for item in items]
+            logger.exception(
+                "%s failed a batch of %d",
+                self.model_id,
+                len(items),
+                extra={"fields": {"request_ids": request_ids}},
+            )
+            if len(items) == 1:
+                return [error if isinstance(error, CraneError) else InternalError()]
+            return [result for item in items for result in self._predict([item])]
+        return results
+
+
+def _of_like_size(batch: list[Item], max_tokens: int) -> list[list[Item]]:
+    """Split a batch by length, so that little is spent on padding.
+
+    A group ends where it would pass ``max_tokens`` when padded, or where the next item is over
+    twice as long as the group's shortest (and the group is large enough to be worth a run).
+    """
+    groups: list[list[Item]] = []
+    for item in sorted(batch, key=lambda item: item.size):
+        group = groups[-1] if groups else None
+        if (
+            group is None
+            or (len(group) + 1) * item.size > max_tokens
+            or (len(group) >= 8 and item.size > 2 * group[0].size + 8)
+        ):
+            groups.append([item])
+        else:
+            group.append(item)
+    return groups

@@ -1,0 +1,134 @@
+"""Every error a caller may see: its HTTP status, its code, and nothing of our internals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+
+class CraneError(Exception):
+    """An expected failure that knows its HTTP answer.
+
+    The message is for the caller: what happened, what was expected, what to do. ``details`` is
+    JSON that names each fault; ``retry_after_s`` becomes the ``Retry-After`` header.
+    """
+
+    status: ClassVar[HTTPStatus]
+    code: ClassVar[str]
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        details: Mapping[str, Any] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = dict(details or {})
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(CraneError):
+    status = HTTPStatus.BAD_REQUEST
+    code = "VALIDATION_ERROR"
+
+    @classmethod
+    def of(cls, faults: Mapping[str, str]) -> InvalidRequest:
+        """Name every fault of a request, keyed by the path of the field it is in."""
+        shown = "; ".join(f"{path} {fault}" for path, fault in list(faults.items())[:3])
+        more = f" (and {len(faults) - 3} more, see details)" if len(faults) > 3 else ""
+        end = "" if f"{shown}{more}".endswith("?") else "."
+        return cls(f"The request is not valid: {shown}{more}{end}", details=faults)
+
+
+class ModelNotFound(CraneError):
+    status = HTTPStatus.NOT_FOUND
+    code = "MODEL_NOT_FOUND"
+
+
+class RouteNotFound(CraneError):
+    status = HTTPStatus.NOT_FOUND
+    code = "NOT_FOUND"
+
+
+class MethodNotAllowed(CraneError):
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+    code = "METHOD_NOT_ALLOWED"
+
+
+class NotAcceptable(CraneError):
+    status = HTTPStatus.NOT_ACCEPTABLE
+    code = "NOT_ACCEPTABLE"
+
+
+class PayloadTooLarge(CraneError):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "PAYLOAD_TOO_LARGE"
+
+
+class UnsupportedMediaType(CraneError):
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class ModelLoading(CraneError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "MODEL_LOADING"
+
+
+class ModelUnavailable(CraneError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "MODEL_UNAVAILABLE"
+
+
+class Overloaded(CraneError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "OVERLOADED"
+
+
+class DeadlineExceeded(CraneError):
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "TIMEOUT_ERROR"
+
+
+class InternalError(CraneError):
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    code = "INTERNAL_ERROR"
+
+    def __init__(
+        self,
+        message: str = "Something went wrong on our side. The log has it under this request id.",
+        *,
+        details: Mapping[str, Any] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, details=details, retry_after_s=retry_after_s)
+
+
+ERRORS: dict[str, type[CraneError]] = {
+    error.code: error
+    for error in (
+        InvalidRequest,
+        ModelNotFound,
+        RouteNotFound,
+        MethodNotAllowed,
+        NotAcceptable,
+        PayloadTooLarge,
+        UnsupportedMediaType,
+        ModelLoading,
+        ModelUnavailable,
+        Overloaded,
+        DeadlineExceeded,
+        InternalError,
+    )
+}
+
+
+def did_you_mean(name: object, known: list[str], *, what: str = "it is one of") -> str:
+    """Say the nearest known name, or all of them: ``did you mean 'max_tokens'?``"""
+    if near := get_close_matches(str(name), known, n=1):
+        return f"did you mean {near[0]!r}?"
+    return f"{what}: {', '.join(sorted(known)) or 'none'}"

@@ -1,0 +1,131 @@
+"""What every request and answer have in common: an id, one error shape, headers, a log line."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+import uuid
+from typing import Any
+
+import orjson
+from flask import Flask, Response, g, jsonify, request
+from flask.json.provider import JSONProvider
+from werkzeug.exceptions import HTTPException
+
+from backend.config import Config
+from backend.errors import (
+    CraneError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    RouteNotFound,
+)
+
+logger = logging.getLogger("crane.http")
+
+# An API's answers are data: nothing in them is to be rendered, framed, guessed at or kept.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class OrjsonProvider(JSONProvider):
+    """orjson for every JSON of the app: it takes numpy arrays as they are."""
+
+    def dumps(self, obj: Any, **kwargs: Any) -> str:
+        return self._dump(obj).decode()
+
+    def loads(self, s: str | bytes, **kwargs: Any) -> Any:
+        return orjson.loads(s)
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        body = self._prepare_response_obj(args, kwargs)
+        return Response(self._dump(body), mimetype="application/json")
+
+    @staticmethod
+    def _dump(body: Any) -> bytes:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+
+
+def install(app: Flask, config: Config) -> None:
+    """Put the hooks and error handlers on an app."""
+    app.json = OrjsonProvider(app)
+    app.before_request(begin)
+    app.after_request(finish)
+    app.register_error_handler(CraneError, render)
+    app.register_error_handler(HTTPException, lambda error: render(of_http(error, config)))
+    app.register_error_handler(Exception, unexpected)
+    if config.allowed_origins:
+        from flask_cors import CORS
+
+        CORS(
+            app,
+            origins=list(config.allowed_origins),
+            methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+            max_age=600,
+        )
+
+
+def begin() -> None:
+    g.started = time.perf_counter()
+    g.log = {}
+    sent = request.headers.get("X-Request-ID", "")
+    g.request_id = sent if re.fullmatch(r"[\w.:/+=@-]{1,128}", sent, re.ASCII) else uuid.uuid4().hex
+
+
+def finish(response: Response) -> Response:
+    response.headers["X-Request-ID"] = g.request_id
+    for name, value in SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+    fields = {
+        "request_id": g.request_id,
+        "method": request.method,
+        "route": request.url_rule.rule if request.url_rule else None,
+        "status": response.status_code,
+        "duration_ms": round((time.perf_counter() - g.started) * 1e3, 2),
+        **g.log,
+    }
+    logger.info("request", extra={"fields": fields})
+    return response
+
+
+def render(error: CraneError) -> Response:
+    g.log["error"] = error.code
+    body: dict[str, Any] = {"code": error.code, "message": error.message, "details": error.details}
+    response = jsonify(error=body, request_id=g.request_id)
+    response.status_code = error.status
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return response
+
+
+def of_http(error: HTTPException, config: Config) -> CraneError:
+    """Flask's and Werkzeug's own refusals, in our shape."""
+    if error.code == 404:
+        return RouteNotFound(f"There is nothing at {request.path[:200]}.")
+    if error.code == 405:
+        allowed = ", ".join(sorted(set(error.valid_methods or ()) - {"OPTIONS", "HEAD"}))  # type: ignore[attr-defined]
+        return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}.")
+    if error.code == 413:
+        return PayloadTooLarge(
+            f"The body is larger than {config.max_body} bytes, the most allowed."
+        )
+    if error.code is not None and error.code < 500:
+        return InvalidRequest.of({"request": f"is malformed: {error.name}"})
+    logger.error("unexpected HTTP error", exc_info=error)
+    return InternalError()
+
+
+def unexpected(error: Exception) -> Response:
+    """A fault of ours: all of it for the log, nothing of it for the caller."""
+    logger.error("request failed", exc_info=error, extra={"fields": {"request_id": g.request_id}})
+    return render(InternalError())

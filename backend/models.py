@@ -1,0 +1,123 @@
+"""run_model: the one path from a model's name and an input to an output and its receipt."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from backend.config import Config
+from backend.engine.calls import Answer, Call
+from backend.engine.client import EngineClient
+from backend.errors import InvalidRequest
+from backend.registry import ModelSpec, Registry
+from backend.schemas import check_size, load
+from backend.tasks import TASKS, Task
+from backend.tasks.base import MAX_SEED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crane:
+    """The parts of a running service, as ``create_app`` put them together."""
+
+    config: Config
+    registry: Registry
+    engine: EngineClient
+
+
+def run_model(
+    crane: Crane, model_id: str, input_: Any, options: Any, *, request_id: str
+) -> tuple[Any, dict[str, Any]]:
+    """Run a model on an input, or on each of a list of inputs; return the output and the receipt.
+
+    Raises a ``CraneError`` that says what was wrong.
+    """
+    started = time.perf_counter()
+    spec = crane.registry.get(model_id)
+    task = TASKS[spec.type]
+    inputs = load_inputs(crane.config, task, input_)
+    applied = load(spec.options_schema, options, "options")
+    seeds = draw_seeds(task, applied, len(inputs))
+    answer = crane.engine.run(
+        Call(
+            request_id=request_id,
+            model_id=model_id,
+            inputs=inputs,
+            # A seed is an input's own: without it, calls that differ in nothing else share a batch.
+            options={name: value for name, value in applied.items() if name != "seed"},
+            seeds=seeds,
+            timeout_s=crane.config.request_timeout_s,
+        )
+    )
+    batched = type(input_) is list
+    metadata = receipt(spec, answer, applied, seeds, batched=batched, request_id=request_id)
+    metadata["timings_ms"]["total"] = round((time.perf_counter() - started) * 1e3, 2)
+    return answer.outputs if batched else answer.outputs[0], metadata
+
+
+def load_inputs(config: Config, task: Task, input_: Any) -> list[Any]:
+    """The inputs of a call: each item of a list, else the one input."""
+    check_size(input_, max_text=config.max_text, at="input")
+    if type(input_) is not list:
+        return [load(task.input, input_, "input")]
+    if not 1 <= len(input_) <= config.max_batch:
+        fault = f"must have 1 to {config.max_batch} items as a batch, not {len(input_)}"
+        raise InvalidRequest.of({"input": fault})
+    inputs: list[Any] = []
+    faults: dict[str, str] = {}
+    for index, one in enumerate(input_):
+        try:
+            inputs.append(load(task.input, one, f"input[{index}]"))
+        except InvalidRequest as error:
+            faults |= error.details
+    if faults:
+        raise InvalidRequest.of(faults)
+    return inputs
+
+
+def draw_seeds(task: Task, options: dict[str, Any], count: int) -> list[int] | None:
+    """A seed for each input: the caller's and those after it, or fresh ones; None if none is used.
+
+    The seed that was used is put into ``options``, so that the receipt's options repeat the call.
+    """
+    if not task.draws(options):
+        return None
+    if options["seed"] is None:
+        options["seed"] = secrets.randbelow(MAX_SEED + 1)
+    return [(options["seed"] + index) % (MAX_SEED + 1) for index in range(count)]
+
+
+def receipt(
+    spec: ModelSpec,
+    answer: Answer,
+    options: dict[str, Any],
+    seeds: list[int] | None,
+    *,
+    batched: bool,
+    request_id: str,
+) -> dict[str, Any]:
+    """What a caller is told beside the output; facts of a batch are lists in its order."""
+    metadata: dict[str, Any] = {
+        "model_id": spec.id,
+        "task": spec.type,
+        "hf_model": spec.hf_model,
+        "revision": answer.revision,
+        "device": answer.device,
+        "dtype": answer.dtype,
+        "request_id": request_id,
+        "options": options,
+    }
+    if seeds is not None:
+        metadata["seed"] = seeds if batched else seeds[0]
+    for name in sorted({name for facts in answer.facts for name in facts}):
+        values = [facts.get(name) for facts in answer.facts]
+        metadata[name] = values if batched else values[0]
+    usage: Counter[str] = Counter()
+    for counts in answer.usage:
+        usage.update(counts)
+    metadata["usage"] = dict(usage)
+    metadata["timings_ms"] = {name: round(ms, 2) for name, ms in answer.timings_ms.items()}
+    metadata["batch_size"] = answer.batch_size
+    return metadata

@@ -1,0 +1,45 @@
+"""/livez, /readyz and /health: what a load balancer and an operator ask."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from flask import Blueprint
+
+from backend.crane_api import crane
+from backend.errors import ModelUnavailable
+
+bp = Blueprint("ops", __name__)
+
+_STARTED = time.monotonic()
+
+
+@bp.get("/livez")
+def livez() -> dict[str, str]:
+    """Whether this process answers at all; asks nothing of the engine."""
+    return {"status": "alive"}
+
+
+@bp.get("/readyz")
+@bp.get("/health")
+def readyz() -> tuple[dict[str, Any], int]:
+    """Whether a call would be taken, why not, and the service's condition."""
+    condition: dict[str, Any] = {"uptime_s": round(time.monotonic() - _STARTED, 1)}
+    reasons = []
+    try:
+        status = crane().engine.status()
+    except ModelUnavailable as error:
+        reasons.append(error.message)
+    else:
+        models = status.pop("models")
+        defunct = [model_id for model_id, model in models.items() if model["state"] == "defunct"]
+        reasons += [f"{model_id} stopped working." for model_id in defunct]
+        condition["engine"] = status
+        condition["models"] = {
+            "unloaded": sum(1 for spec in crane().registry if spec.id not in models),
+            **Counter(model["state"] for model in models.values()),
+        }
+    ready = "not ready" if reasons else "ready"
+    return {"status": ready, "reasons": reasons, **condition}, 503 if reasons else 200

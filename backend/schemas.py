@@ -1,0 +1,254 @@
+"""The envelope of a call, and fields that take a value as it is or refuse it.
+
+marshmallow's own ``Integer`` turns ``"5"`` and ``5.7`` into 5; a caller who sends those has a bug
+that is better named than hidden, so the fields here convert nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
+
+from backend.errors import InvalidRequest, did_you_mean
+
+MAX_DEPTH = 64  # levels of nesting; no task's input needs ten, and msgpack refuses 512
+
+
+def kind(value: Any) -> str:
+    """What JSON calls a value: ``a string``, ``null``, ``an object``."""
+    names: dict[type, str] = {str: "a string", bool: "a boolean", dict: "an object", list: "a list"}
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), "a value of another kind")
+
+
+class StrictField(fields.Field[Any]):
+    """Takes a value as it is, or says what was expected and what came.
+
+    ``expected`` is the sentence's end (``must be a whole number, not a string``) and ``type_name``
+    is what ``GET /crane/models/{id}`` calls it.
+    """
+
+    type_name = "any"
+    expected = "any JSON value"
+
+    def __init__(self, **kwargs: Any) -> None:
+        messages: dict[str, str | list[Any] | dict[Any, Any]] = {
+            "required": "is missing",
+            "null": f"must be {self.expected}, not null",
+            "validator_failed": "is not valid",
+        }
+        super().__init__(error_messages=messages, **kwargs)
+
+    def accepts(self, value: Any) -> bool:
+        return True
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        if not self.accepts(value):
+            raise ValidationError(f"must be {self.expected}, not {kind(value)}")
+        return value
+
+
+class Anything(StrictField):
+    """Any JSON value, null too."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_none=True, **kwargs)
+
+
+class Bounds(validate.Validator):
+    """A number within ``[low, high]``."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, value: Any) -> Any:
+        if value < self.low:
+            raise ValidationError(f"must be at least {self.low}, not {value}")
+        if value > self.high:
+            raise ValidationError(f"must be at most {self.high}, not {value}")
+        return value
+
+
+class Integer(StrictField):
+    type_name = "integer"
+    expected = "a whole number"
+
+    def __init__(self, *, low: int, high: int, **kwargs: Any) -> None:
+        super().__init__(validate=Bounds(low, high), **kwargs)
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is int
+
+
+class Number(StrictField):
+    type_name = "number"
+    expected = "a number"
+
+    def __init__(self, *, low: float, high: float, **kwargs: Any) -> None:
+        super().__init__(validate=Bounds(low, high), **kwargs)
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        # 1 and 1.0 are one number in JSON; as one type they also share a batch.
+        return float(super()._deserialize(value, attr, data, **kwargs))
+
+
+class Boolean(StrictField):
+    type_name = "boolean"
+    expected = "true or false"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is bool
+
+
+class Text(StrictField):
+    """A string; by default one with something in it besides white space."""
+
+    type_name = "string"
+    expected = "a string"
+
+    def __init__(self, *, blank: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.blank = blank
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is str
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if not self.blank and not value.strip():
+            raise ValidationError("must not be empty")
+        return value
+
+
+class Choice(Text):
+    def __init__(self, choices: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.choices = list(choices)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if value not in self.choices:
+            raise ValidationError(f"is {value!r}: {did_you_mean(value, self.choices)}")
+        return value
+
+
+class ListOf(StrictField):
+    """A list of ``low`` to ``high`` values, each of which ``item`` accepts."""
+
+    type_name = "list"
+    expected = "a list"
+
+    def __init__(self, item: fields.Field[Any], *, low: int = 0, high: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.item, self.low, self.high = item, low, high
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is list
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if not self.low <= len(value) <= self.high:
+            raise ValidationError(f"must have {self.low} to {self.high} items, not {len(value)}")
+        loaded, faults = [], {}
+        for index, one in enumerate(value):
+            try:
+                loaded.append(self.item.deserialize(one))
+            except ValidationError as error:
+                faults[index] = error.messages
+        if faults:
+            raise ValidationError(faults)
+        return loaded
+
+
+class StrictSchema(Schema):
+    """Refuses a key it does not know, with the nearest one it does."""
+
+    class Meta:
+        unknown = EXCLUDE  # so that the check below can say more than "Unknown field."
+
+    @validates_schema(pass_original=True, skip_on_field_errors=False)
+    def _refuse_unknown(self, data: Any, original: Any, **kwargs: Any) -> None:
+        known = [field.data_key or name for name, field in self.fields.items()]
+        if unknown := [key for key in original if key not in known]:
+            raise ValidationError(
+                {key: [f"is not known here; {did_you_mean(key, known)}"] for key in unknown}
+            )
+
+
+class ObjectOf(StrictField):
+    """An object that a schema describes."""
+
+    type_name = "object"
+    expected = "an object"
+
+    def __init__(self, schema: type[StrictSchema], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schema = schema()
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        return self.schema.load(super()._deserialize(value, attr, data, **kwargs))
+
+
+class RunRequest(StrictSchema):
+    """The body of ``POST /crane/run``."""
+
+    model_id = Text(required=True)
+    input = Anything(required=True)
+    options = StrictField(load_default=dict)
+
+
+def load(schema: Schema | fields.Field[Any], data: Any, at: str = "") -> Any:
+    """Load ``data`` or raise ``InvalidRequest`` that names each fault by its path below ``at``."""
+    try:
+        if isinstance(schema, fields.Field):
+            return schema.deserialize(data)
+        if type(data) is not dict:
+            raise ValidationError(f"must be an object, not {kind(data)}")
+        return schema.load(data)
+    except ValidationError as error:
+        raise InvalidRequest.of(dict(paths(error.messages, at))) from None
+
+
+def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten marshmallow's nested messages: ``("options.stop[1]", "must be a string, …")``."""
+    if isinstance(messages, Mapping):
+        for key, inner in messages.items():
+            if key == "_schema":
+                step = at
+            elif isinstance(key, int):
+                step = f"{at}[{key}]"
+            else:
+                name = str(key)[:80]
+                step = f"{at}.{name}" if at else name
+            yield from paths(inner, step)
+    elif isinstance(messages, list):
+        # One sentence a field: the first fault is the one to mend first.
+        yield at or "body", str(messages[0])
+    else:
+        yield at or "body", str(messages)
+
+
+def check_size(value: Any, *, max_text: int, at: str, depth: int = 0) -> None:
+    """Refuse a text longer than ``max_text`` characters, or nesting past ``MAX_DEPTH``."""
+    if depth > MAX_DEPTH:
+        raise InvalidRequest.of({at.split("[")[0]: f"is nested deeper than {MAX_DEPTH} levels"})
+    if type(value) is str:
+        if len(value) > max_text:
+            raise InvalidRequest.of(
+                {at: f"has {len(value)} characters; at most {max_text} are allowed"}
+            )
+    elif type(value) is list:
+        for index, one in enumerate(value):
+            check_size(one, max_text=max_text, at=f"{at}[{index}]", depth=depth + 1)
+    elif type(value) is dict:
+        for key, one in value.items():
+            check_size(one, max_text=max_text, at=f"{at}.{key[:80]}", depth=depth + 1)

@@ -1,0 +1,106 @@
+"""What a task is: the promise to the caller, in the service's own spelling."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from marshmallow import ValidationError, fields
+
+from backend.schemas import Bounds, Choice, ListOf, StrictField, StrictSchema
+
+MAX_SEED = 2**32 - 1
+
+
+def about(description: str) -> dict[str, str]:
+    """Metadata of an option: what ``GET /crane/models/{id}`` says it does."""
+    return {"description": description}
+
+
+TRUNCATE = about("cut an input that is longer than the model's window, instead of refusing it")
+
+
+class Options(StrictSchema):
+    """A task's options. A subclass declares them; a model's entry may narrow them."""
+
+    def narrow(self, defaults: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
+        """Put a model's own defaults and bounds on this instance's fields.
+
+        ``limits`` has a highest value or ``{"min": …, "max": …}`` for each number. Raises
+        ``ValidationError`` keyed like the entry: ``{"limits": {"max_tokens": […]}}``.
+        """
+        faults: dict[str, dict[str, list[str]]] = {"options": {}, "limits": {}}
+        for name, limit in limits.items():
+            if fault := self._limit(name, limit):
+                faults["limits"][name] = [fault]
+        for name, value in defaults.items():
+            if name in self.fields:
+                self.fields[name].load_default = value
+        try:
+            self.load({**self.load({}), **defaults})
+        except ValidationError as error:
+            faults["options"] = dict(error.messages_dict)
+        if any(faults.values()):
+            raise ValidationError({key: value for key, value in faults.items() if value})
+
+    def _limit(self, name: str, limit: Any) -> str | None:
+        option = self.fields.get(name)
+        bounds = next((v for v in getattr(option, "validators", ()) if type(v) is Bounds), None)
+        if option is None or bounds is None:
+            numbers = [k for k, f in self.fields.items() if f.validators]
+            return f"is not an option with bounds; those are: {', '.join(numbers) or 'none'}"
+        span = limit if isinstance(limit, dict) else {"max": limit}
+        numbers_only = all(type(v) in (int, float) for v in span.values())
+        if not span or not set(span) <= {"min", "max"} or not numbers_only:
+            return "must be a number (the highest allowed) or {min: …, max: …}"
+        low, high = span.get("min", bounds.low), span.get("max", bounds.high)
+        if low < bounds.low or high > bounds.high:
+            return f"is wider than the task's own bounds, {bounds.low} to {bounds.high}"
+        # marshmallow shares validators between instances, so this model gets its own.
+        option.validators = [Bounds(low, high)]
+        default = option.load_default
+        if isinstance(default, int | float) and default > high:
+            option.load_default = type(default)(high)
+        return None
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Each option's type, default and bounds, as ``GET /crane/models/{id}`` shows them."""
+        return {name: _describe(field) for name, field in self.fields.items()}
+
+
+def _describe(field: fields.Field[Any]) -> dict[str, Any]:
+    assert isinstance(field, StrictField)
+    default = field.load_default() if callable(field.load_default) else field.load_default
+    shown: dict[str, Any] = {"type": field.type_name, "default": copy.copy(default)}
+    for validator in field.validators:
+        if isinstance(validator, Bounds):
+            shown |= {"min": validator.low, "max": validator.high}
+    if isinstance(field, Choice):
+        shown["choices"] = field.choices
+    if isinstance(field, ListOf):
+        shown |= {"max_items": field.high}
+    if description := field.metadata.get("description"):
+        shown["description"] = description
+    return {key: value for key, value in shown.items() if value is not None or key == "default"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a caller may ask of a model, and what comes back.
+
+    ``input`` loads one input (a list of inputs is a batch, which the caller of this class
+    unpacks); ``output`` says in words what one output is; ``example`` is a valid
+    ``(input, options)``.
+    """
+
+    name: str
+    input: fields.Field[Any]
+    options: type[Options]
+    output: str
+    example: tuple[Any, dict[str, Any]]
+
+    def draws(self, options: Mapping[str, Any]) -> bool:
+        """Whether anything is drawn at random, so that a seed belongs in the receipt."""
+        return "seed" in options and options.get("temperature", 1) > 0

@@ -1,0 +1,127 @@
+"""Text in, text out: summaries, translations, completions, replies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import ValidationError, validates_schema
+
+from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
+from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
+
+
+class GenerationOptions(Options):
+    """Every text generator's options. The defaults are greedy: the same answer every time."""
+
+    max_tokens = Integer(
+        low=1, high=32768, load_default=256, metadata=about("most tokens to write")
+    )
+    min_tokens = Integer(
+        low=0, high=32768, load_default=0, metadata=about("fewest tokens to write")
+    )
+    temperature = Number(
+        low=0.0, high=2.0, load_default=0.0, metadata=about("0 is greedy; above 0 draws")
+    )
+    top_p = Number(low=0.01, high=1.0, load_default=1.0, metadata=about("nucleus to draw from"))
+    top_k = Integer(
+        low=0, high=1000, load_default=0, metadata=about("likeliest tokens to draw from; 0 is all")
+    )
+    stop = ListOf(
+        Text(blank=True),
+        high=8,
+        load_default=list,
+        metadata=about("strings that end the text; none of them is part of it"),
+    )
+    seed = Integer(
+        low=0,
+        high=MAX_SEED,
+        load_default=None,
+        allow_none=True,
+        metadata=about("draws repeat with it; input i of a batch uses seed + i"),
+    )
+    num_beams = Integer(low=1, high=16, load_default=1, metadata=about("beams to search"))
+    repetition_penalty = Number(
+        low=0.1, high=5.0, load_default=1.0, metadata=about("above 1 avoids repeating")
+    )
+    truncate = Boolean(load_default=False, metadata=TRUNCATE)
+
+    @validates_schema
+    def _agree(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if data["min_tokens"] > data["max_tokens"]:
+            raise ValidationError(
+                f"must not be above max_tokens ({data['max_tokens']})", "min_tokens"
+            )
+        if data["num_beams"] > 1 and data["temperature"] > 0:
+            raise ValidationError("must be 1 when temperature is above 0", "num_beams")
+        if "" in data["stop"]:
+            raise ValidationError("must not hold an empty string", "stop")
+
+
+class Text2TextOptions(GenerationOptions):
+    prefix = Text(
+        blank=True, load_default="", metadata=about("put before the input, as T5's tasks want it")
+    )
+
+
+class TranslationOptions(Text2TextOptions):
+    source_language = Text(
+        load_default=None,
+        allow_none=True,
+        metadata=about("the code a multilingual model's tokenizer knows, such as eng_Latn"),
+    )
+    target_language = Text(
+        load_default=None, allow_none=True, metadata=about("likewise, such as deu_Latn")
+    )
+
+
+class Message(StrictSchema):
+    role = Choice(["system", "user", "assistant"], required=True)
+    content = Text(blank=True, required=True)
+
+
+class ChatInput(StrictSchema):
+    messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
+
+
+SUMMARIZATION = Task(
+    name="summarization",
+    input=Text(),
+    options=Text2TextOptions,
+    output="the summary, a string",
+    example=(
+        "The tower is 324 metres tall, about the same height as an 81-storey building, "
+        "and the tallest structure in Paris.",
+        {"max_tokens": 60},
+    ),
+)
+TRANSLATION = Task(
+    name="translation",
+    input=Text(),
+    options=TranslationOptions,
+    output="the translation, a string",
+    example=("The weather is lovely today.", {"max_tokens": 60}),
+)
+TEXT2TEXT_GENERATION = Task(
+    name="text2text-generation",
+    input=Text(),
+    options=Text2TextOptions,
+    output="the text the model answers with, a string",
+    example=("Answer the question: what is the capital of France?", {"max_tokens": 20}),
+)
+TEXT_GENERATION = Task(
+    name="text-generation",
+    input=Text(),
+    options=GenerationOptions,
+    output="the continuation without the prompt, a string",
+    example=("Once upon a time", {"max_tokens": 40, "temperature": 0.8, "seed": 7}),
+)
+CHAT = Task(
+    name="chat",
+    input=ObjectOf(ChatInput),
+    options=GenerationOptions,
+    output="the reply, a string",
+    example=(
+        {"messages": [{"role": "user", "content": "Name three rivers."}]},
+        {"max_tokens": 80},
+    ),
+)

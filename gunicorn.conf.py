@@ -1,0 +1,93 @@
+"""gunicorn's settings, and the engine's life beside it: ``gunicorn wsgi:app`` reads this file.
+
+The master starts the engine's supervisor before the HTTP workers and ends it after the last of
+them has drained. The master itself imports no model library and never touches a GPU.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from backend.config import Config
+from backend.logs import logging_config
+from backend.registry import Registry
+
+HERE = Path(__file__).resolve().parent
+UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest name we put in the folder is engine.alive
+
+os.environ.setdefault("CRANE_ENGINE", "process")
+
+
+def socket_folder(data_dir: Path) -> Path:
+    """A private folder for the engine's sockets, in the data folder unless that is too deep."""
+    run = data_dir.resolve() / "run"
+    if len(bytes(run)) + len("/crane-xxxxxxxx/engine.alive") <= UNIX_PATH_MAX:
+        run.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="crane-", dir=run))
+    return Path(tempfile.mkdtemp(prefix="crane-"))
+
+
+try:
+    if os.environ["CRANE_ENGINE"] == "process":
+        os.environ["CRANE_ENGINE_SOCKET"] = "to be made"
+    settings = Config.from_env()
+    Registry.load(settings.models)
+except ValueError as error:
+    sys.exit(str(error))
+
+wsgi_app = "wsgi:app"
+bind = settings.bind
+workers = settings.workers
+worker_class = "gthread"
+# CRANE_THREADS calls at once; a few threads more, so that /livez is answered beside them.
+threads = settings.threads + 4
+worker_connections = max(1000, 2 * threads)
+keepalive = 75  # above the 60 s after which common proxies and clients let go of a connection
+# A heartbeat of the worker's main thread, not a limit on requests: that is CRANE_REQUEST_TIMEOUT.
+# Under CRANE_ENGINE=inline a load that holds the GIL must not be taken for a hang.
+timeout = 300
+graceful_timeout = math.ceil(settings.request_timeout_s) + 5
+control_socket_disable = True  # its one path per user would be fought over by two services
+logconfig_dict = logging_config(settings.log_level, settings.log_format)
+
+_supervisor: subprocess.Popen[bytes] | None = None
+_sockets: Path | None = None
+
+
+def when_ready(server):
+    global _supervisor, _sockets
+    if settings.engine == "process":
+        _sockets = socket_folder(settings.data_dir)
+        os.environ["CRANE_ENGINE_SOCKET"] = str(_sockets / "engine.sock")
+        _supervisor = subprocess.Popen(
+            [sys.executable, "-m", "backend.engine.supervisor"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is for the HTTP workers, which drain first
+            env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.getenv('PYTHONPATH', '')}"},
+        )
+    host, port = server.LISTENERS[0].sock.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(
+        f"\nCrane listens at {address}. Try it:\n\n"
+        f"curl {address}/crane/run -H 'Content-Type: application/json' \\\n"
+        '  -d \'{"model_id": "text-embedder-v1", "input": "Cranes dance."}\'\n',
+        flush=True,
+    )
+
+
+def post_fork(server, worker):
+    # The lifeline is the master's alone: a worker that outlives it must not hold it open.
+    if _supervisor is not None:
+        os.close(_supervisor.stdin.fileno())
+
+
+def on_exit(server):
+    if _supervisor is not None:
+        _supervisor.stdin.close()
+        _supervisor.wait()
+    if _sockets is not None:
+        shutil.rmtree(_sockets, ignore_errors=True)

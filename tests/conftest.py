@@ -1,0 +1,83 @@
+"""What the tests share: apps with an inline engine, and real gunicorn servers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from backend import create_app
+from backend.config import Config
+from tests.serving import Gunicorn
+
+ECHO = {"id": "echo", "type": "echo"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """No model's thread outlives its test, and no test leaves a setting in the environment."""
+    before = {thread.ident for thread in threading.enumerate()}
+    settings = {name for name in os.environ if name.startswith("CRANE_")}
+    yield
+    left = [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("model ")
+        and not thread.name.startswith("model shared-")  # of an app that a whole module uses
+        and thread.ident not in before
+    ]
+    assert not left
+    assert settings == {name for name in os.environ if name.startswith("CRANE_")}
+
+
+def write_models(folder: Path, entries: list[dict]) -> Path:
+    path = folder / "models.yaml"
+    path.write_text(yaml.safe_dump({"models": entries}))
+    return path
+
+
+@pytest.fixture
+def make_app(tmp_path):
+    """Build an app with an inline engine: ``make_app([entry, …], request_timeout_s=…)``."""
+    apps = []
+
+    def make(entries=(ECHO,), **settings):
+        settings = {"dtype": "float32", "log_format": "json"} | settings
+        models = write_models(tmp_path, list(entries))
+        app = create_app(Config(models=models, data_dir=tmp_path / "data", **settings))
+        apps.append(app)
+        return app
+
+    yield make
+    for app in apps:
+        app.extensions["crane"].engine.close()
+
+
+@pytest.fixture
+def client(make_app):
+    return make_app().test_client()
+
+
+def run(client, model_id="echo", input="hello", **body):
+    """POST /crane/run as a caller does."""
+    return client.post("/crane/run", json={"model_id": model_id, "input": input, **body})
+
+
+@pytest.fixture
+def gunicorn(tmp_path):
+    """Start real gunicorn servers: ``gunicorn([entry, …], CRANE_WORKERS=3)``; stop them after."""
+    servers = []
+
+    def start(entries=(ECHO,), **settings):
+        folder = tmp_path / f"server-{len(servers)}"
+        folder.mkdir()
+        server = Gunicorn(write_models(folder, list(entries)), folder / "data", settings)
+        servers.append(server)
+        return server.wait_until_ready()
+
+    yield start
+    for server in servers:
+        server.stop()

@@ -1,0 +1,131 @@
+"""A real gunicorn with Crane in it, as an operator runs it, and a plain client for it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Gunicorn:
+    """``gunicorn wsgi:app`` on a free port of 127.0.0.1, in a process group of its own."""
+
+    def __init__(self, models: Path, data_dir: Path, settings: dict[str, object]) -> None:
+        self.output = data_dir.with_suffix(".log")
+        env = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
+        env |= {
+            "CRANE_MODELS": str(models),
+            "CRANE_DATA_DIR": str(data_dir),
+            "CRANE_BIND": "127.0.0.1:0",
+            "CRANE_DTYPE": "float32",
+            "CRANE_LOG_FORMAT": "json",
+            "PYTHONUNBUFFERED": "1",
+        }
+        env |= {name: str(value) for name, value in settings.items()}
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "wsgi:app"],
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.port = 0
+        self._seen: dict[int, psutil.Process] = {}
+
+    def wait_until_ready(self, timeout_s: float = 30) -> Gunicorn:
+        """Return once /readyz says so."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log()
+            if match := re.search(r"listens at http://127\.0\.0\.1:(\d+)", self.log()):
+                self.port = int(match[1])
+                if self.get("/readyz")[0] == 200:
+                    self.processes()
+                    return self
+            time.sleep(0.05)
+        raise AssertionError(f"not ready after {timeout_s} s:\n{self.log()}")
+
+    def log(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def log_lines(self, **fields) -> list[dict]:
+        """The JSON log lines that have all of ``fields``."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if fields.items() <= line.items()]
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """The living processes of this server whose command line has ``name`` in it."""
+        if self.process.poll() is None:
+            master = psutil.Process(self.process.pid)
+            for process in [master, *master.children(recursive=True)]:
+                self._seen.setdefault(process.pid, process)
+        return [process for process in self._seen.values() if name in _command(process)]
+
+    def engine(self) -> psutil.Process:
+        return self.processes("backend.engine.server")[-1]
+
+    def http_workers(self) -> list[psutil.Process]:
+        return [p for p in self.processes("gunicorn") if p.pid != self.process.pid]
+
+    def get(self, path: str, **headers: str) -> tuple[int, dict]:
+        status, _, body = self.request("GET", path, None, headers)
+        return status, json.loads(body)
+
+    def post(self, body: object, timeout_s: float = 60, **headers: str) -> tuple[int, dict]:
+        """POST /crane/run; return the status and the JSON of the answer."""
+        headers = {"Content-Type": "application/json", **headers}
+        data = json.dumps(body).encode()
+        status, _, answer = self.request("POST", "/crane/run", data, headers, timeout_s)
+        return status, json.loads(answer)
+
+    def run(self, model_id="echo", input="hello", timeout_s=60, **body) -> tuple[int, dict]:
+        return self.post({"model_id": model_id, "input": input, **body}, timeout_s)
+
+    def request(self, method, path, data=None, headers=None, timeout_s=60):
+        """One request on a connection of its own: ``(status, headers, body)``."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            connection.request(method, path, data, headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def stop(self, timeout_s: float = 30) -> None:
+        """End it as a service manager does, and check that nothing is left."""
+        self.processes()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f"did not stop in {timeout_s} s:\n{self.log()}") from None
+        left = psutil.wait_procs(list(self._seen.values()), timeout=20)[1]
+        for process in left:
+            process.kill()
+        assert not left, f"left behind: {left}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
+    except psutil.NoSuchProcess:
+        return ""
