@@ -7,10 +7,13 @@ them has drained. The master itself imports no model library and never touches a
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from gunicorn import glogging
 
 from backend.config import Config
 from backend.logs import logging_config
@@ -29,6 +32,13 @@ def socket_folder(data_dir: Path) -> Path:
         run.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="crane-", dir=run))
     return Path(tempfile.mkdtemp(prefix="crane-"))
+
+
+class Logger(glogging.Logger):
+    """gunicorn's own log, less the line a request: Crane writes that, with more in it."""
+
+    def access(self, *args, **kwargs):
+        """Without this, ``logconfig_dict`` makes gunicorn format a line that nobody reads."""
 
 
 try:
@@ -51,6 +61,7 @@ keepalive = 75  # above the 60 s after which common proxies and clients let go o
 # Under CRANE_ENGINE=inline a load that holds the GIL must not be taken for a hang.
 timeout = 300
 graceful_timeout = math.ceil(settings.request_timeout_s) + 5
+logger_class = Logger
 control_socket_disable = True  # its one path per user would be fought over by two services
 logconfig_dict = logging_config(settings.log_level, settings.log_format)
 
@@ -60,6 +71,8 @@ _sockets: Path | None = None
 
 def when_ready(server):
     global _supervisor, _sockets
+    # A reload reads this file anew, and would leave the engine with the settings of before.
+    signal.signal(signal.SIGHUP, lambda *_: server.log.warning("HUP is ignored: restart instead"))
     if settings.engine == "process":
         _sockets = socket_folder(settings.data_dir)
         os.environ["CRANE_ENGINE_SOCKET"] = str(_sockets / "engine.sock")

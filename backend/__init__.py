@@ -14,19 +14,17 @@ def create_app(config: Config | None = None) -> Flask:
     """Build the service from its settings; raises ``ValueError`` that lists all that is wrong."""
     # Imported here, for the engine's process imports this package too and needs no Flask.
     import atexit
-    import logging.config
 
     from flask import Flask
 
-    from backend import crane_api, http, ops_api
+    from backend import crane_api, http, logs, ops_api
     from backend.config import Config
     from backend.engine.client import connect
-    from backend.logs import logging_config
     from backend.models import Crane
     from backend.registry import Registry
 
     config = config or Config.from_env()
-    logging.config.dictConfig(logging_config(config.log_level, config.log_format))
+    logs.set_up(config.log_level, config.log_format)
     registry = Registry.load(config.models)
     engine = connect(config, registry)
     atexit.register(engine.close)

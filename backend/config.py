@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from backend.errors import did_you_mean
 
@@ -18,25 +16,30 @@ _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
+MAX_DURATION_S = 24 * 3600.0  # no call waits a day, and a poll's milliseconds have 31 bits
+
+
 def size(text: str) -> int:
     """Bytes of ``33554432``, ``32MiB`` or ``450MB``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
-    if not match or match[2].upper() not in _SIZES or float(match[1]) <= 0:
-        raise ValueError("must be a size above 0, such as 33554432 or 32MiB")
-    return int(float(match[1]) * _SIZES[match[2].upper()])
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
+    number = float(match[1]) * _SIZES.get(match[2].upper(), 0) if match else 0
+    if number < 1:
+        raise ValueError("must be a size of a byte or more, such as 33554432 or 32MiB")
+    return int(number)
 
 
 def duration(text: str) -> float:
     """Seconds of ``120``, ``1.5s``, ``500ms``, ``15m`` or ``1h``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)", text)
-    if not match or float(match[1]) <= 0:
-        raise ValueError("must be a duration above 0, such as 120, 90s, 500ms or 15m")
-    return float(match[1]) * _DURATIONS[match[2]]
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*(ms|s|m|h|)", text)
+    seconds = float(match[1]) * _DURATIONS[match[2]] if match else 0.0
+    if not 0 < seconds <= MAX_DURATION_S:
+        raise ValueError("must be a duration above 0 and up to 24h, such as 120, 90s, 500ms or 15m")
+    return seconds
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
@@ -52,19 +55,26 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def path(text: str) -> Path:
+    """A path, absolute or from where the service is started; ``~`` is the home folder."""
+    if not text:
+        raise ValueError("must be a path, not empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("must be a path; there is no such home folder") from None
+
+
 def address(text: str) -> str:
     """``host:port`` or ``[v6]:port``; port 0 takes a free one."""
-    try:
-        parts = urlsplit(f"//{text}")
-        if parts.hostname and parts.port is not None and not parts.path and not parts.username:
-            return text
-    except ValueError:
-        pass
-    raise ValueError("must be host:port, such as 127.0.0.1:8000")
+    match = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        raise ValueError("must be host:port, such as 127.0.0.1:8000")
+    return text
 
 
 def device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
         raise ValueError("must be one device: auto, cpu, mps, cuda or cuda:0")
     return text
 
@@ -73,15 +83,22 @@ def origins(text: str) -> tuple[str, ...]:
     """``*`` alone, or a comma-separated list of origins such as ``https://app.example.com``."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d+)?", name):
+        if name != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:[0-9]{1,5})?", name):
             raise ValueError(f"{name!r} is not an origin such as https://app.example.com")
     if "*" in names and len(names) > 1:
         raise ValueError("must be '*' alone or a list of origins")
     return names
 
 
+def cores() -> int:
+    """The cores this process may use, which ``taskset`` or a container may have made fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _default_workers() -> int:
-    return 1 if (os.cpu_count() or 1) <= 4 else 2
+    return 1 if cores() <= 4 else 2
 
 
 def _setting(name: str, parse: Callable[[str], Any], default: Any) -> Any:
@@ -95,12 +112,12 @@ def _setting(name: str, parse: Callable[[str], Any], default: Any) -> Any:
 class Config:
     """What an operator may set. Times are in seconds, sizes in bytes."""
 
-    models: Path = _setting("MODELS", Path, Path("models.yaml"))
+    models: Path = _setting("MODELS", path, Path("models.yaml"))
     bind: str = _setting("BIND", address, "127.0.0.1:8000")
     workers: int = _setting("WORKERS", whole(1, 128), _default_workers)
     threads: int = _setting("THREADS", whole(1, 1024), 128)
     engine: str = _setting("ENGINE", one_of("process", "inline"), "inline")
-    engine_socket: Path | None = _setting("ENGINE_SOCKET", Path, None)
+    engine_socket: Path | None = _setting("ENGINE_SOCKET", path, None)
     device: str = _setting("DEVICES", device, "auto")
     dtype: str = _setting("DTYPE", one_of("auto", "float32", "float16", "bfloat16"), "auto")
     request_timeout_s: float = _setting("REQUEST_TIMEOUT", duration, 120.0)
@@ -109,19 +126,25 @@ class Config:
     max_body: int = _setting("MAX_BODY", size, 32 * 2**20)
     max_batch: int = _setting("MAX_BATCH", whole(1, 100_000), 256)
     max_text: int = _setting("MAX_TEXT", whole(1, 100_000_000), 1_000_000)
-    data_dir: Path = _setting("DATA_DIR", Path, Path(".crane"))
+    data_dir: Path = _setting("DATA_DIR", path, Path(".crane"))
     allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
     log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
     log_format: str = _setting("LOG_FORMAT", one_of("auto", "json", "console"), "auto")
 
     def __post_init__(self) -> None:
+        faults = []
         if self.engine == "process" and self.engine_socket is None:
-            raise ValueError(
+            faults.append(
                 "CRANE_ENGINE=process needs CRANE_ENGINE_SOCKET, which gunicorn.conf.py sets; "
                 "without gunicorn.conf.py use CRANE_ENGINE=inline"
             )
         if self.max_batch > self.queue_size:
-            raise ValueError("CRANE_MAX_BATCH must not be above CRANE_QUEUE_SIZE")
+            faults.append(
+                f"CRANE_MAX_BATCH ({self.max_batch}) must not be above "
+                f"CRANE_QUEUE_SIZE ({self.queue_size})"
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Config:
@@ -144,7 +167,7 @@ class Config:
             try:
                 return cls(**values)
             except ValueError as error:
-                faults.append(str(error))
+                faults += str(error).split("\n")
         raise ValueError("Crane's settings are wrong:\n" + "\n".join(f"  {f}" for f in faults))
 
     @property
@@ -153,4 +176,4 @@ class Config:
 
         ``bench/embeddings.py`` on two cores: 2 threads beat 1 at every number of clients.
         """
-        return max(1, math.floor(os.cpu_count() or 1))
+        return cores()

@@ -1,8 +1,10 @@
-"""Log lines: JSON for machines, one coloured-free line for people on a terminal."""
+"""Log lines: JSON for machines, one plain line for people on a terminal."""
 
 from __future__ import annotations
 
+import json
 import logging
+import logging.config
 import sys
 import time
 from typing import Any
@@ -23,26 +25,52 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        try:
+            return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:  # a lone surrogate, as in an odd file name, or a number past 64 bits
+            return json.dumps(line, default=str)
 
 
 class ConsoleFormatter(logging.Formatter):
-    """``time level message key=value …``; control characters are escaped, so a line is a line."""
+    """``time level message key=value …``, so that no text in it can pass for another line or pair.
+
+    What is not printable is escaped, a value with more than a word in it is quoted, and the lines
+    of a traceback are indented.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         pairs = "".join(
-            f" {k}={v}" for k, v in getattr(record, "fields", {}).items() if v is not None
+            f" {name}={_quoted(value)}"
+            for name, value in getattr(record, "fields", {}).items()
+            if value is not None
         )
-        line = f"{_utc(record)} {record.levelname:<7} {record.getMessage()}{pairs}"
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        line = _printable(f"{_utc(record)} {record.levelname:<7} {record.getMessage()}{pairs}")
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            traceback = self.formatException(record.exc_info)
+            line += "".join(f"\n    {_printable(part)}" for part in traceback.split("\n"))
         return line
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    if type(value) is str and (not text or set(text) & set(" \"'=")):
+        return json.dumps(text, ensure_ascii=False)
+    return text
 
 
 def _utc(record: logging.LogRecord) -> str:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{stamp}.{int(record.msecs):03d}Z"
+
+
+def set_up(level: str, format_: str) -> None:
+    """Log this process's lines, Python's warnings among them."""
+    logging.config.dictConfig(logging_config(level, format_))
+    logging.captureWarnings(True)
 
 
 def logging_config(level: str, format_: str) -> dict[str, Any]:
@@ -66,6 +94,5 @@ def logging_config(level: str, format_: str) -> dict[str, Any]:
         "loggers": {
             "crane": {"level": level},
             "gunicorn.error": {"level": level, "propagate": True, "handlers": []},
-            "gunicorn.access": {"level": "WARNING", "propagate": True, "handlers": []},
         },
     }

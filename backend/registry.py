@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,39 @@ from backend.tasks import TASKS, Options
 
 DTYPES = ["auto", "float32", "float16", "bfloat16"]
 
+# A Hub id has no path to it; what has one is a folder, and says so with its first character.
+WEIGHTS = r"[./~][^\0]*|[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+MIRROR = r"package:[A-Za-z_]\w*/[^\0]+|(?!package:)[^\0]+"
+
 
 class ObjectField(StrictField):
     type_name = "object"
     expected = "a mapping"
 
     def accepts(self, value: Any) -> bool:
-        return type(value) is dict and all(type(key) is str for key in value)
+        return type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if others := [key for key in value if type(key) is not str]:
+            raise ValidationError(f"has the key {others[0]!r}, which is not text: quote it")
+        return value
+
+
+class Digests(ObjectField):
+    """File names of the weights' folder, each with its sha256."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        faults = {}
+        value = super()._deserialize(value, attr, data, **kwargs)
+        for name, digest in value.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).name:
+                faults[name] = ["must be the name of a file in the weights' folder"]
+            elif type(digest) is not str or not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
+                faults[name] = ["must be a sha256: 64 hexadecimal digits, in quotes"]
+        if faults:
+            raise ValidationError(faults)
+        return value
 
 
 class Entry(StrictSchema):
@@ -37,10 +64,23 @@ class Entry(StrictSchema):
         ),
     )
     type = Text(required=True)
-    hf_model = Text(load_default=None)
-    revision = Text(load_default=None)
-    mirror = Text(load_default=None)
-    sha256 = ObjectField(load_default=dict)
+    hf_model = Text(
+        load_default=None,
+        allow_none=False,
+        validate=validate.Regexp(
+            rf"({WEIGHTS})\Z",
+            error="must be a Hub id (org/name) or a folder (which starts with ., / or ~)",
+        ),
+    )
+    revision = Text(load_default=None, allow_none=False)
+    mirror = Text(
+        load_default=None,
+        allow_none=False,
+        validate=validate.Regexp(
+            rf"({MIRROR})\Z", error="must be a folder, or package:<Python package>/<folder in it>"
+        ),
+    )
+    sha256 = Digests(load_default=dict)
     options = ObjectField(load_default=dict)
     limits = ObjectField(load_default=dict)
     dtype = Choice(DTYPES, load_default="auto")
@@ -75,22 +115,34 @@ class ModelSpec:
 
     def weights(self) -> str:
         """The mirror where it is there, else the local folder or Hub id of ``hf_model``."""
-        if self.mirror and (mirror := self._mirror()) is not None and mirror.is_dir():
-            return str(mirror)
         assert self.hf_model is not None
-        if self.hf_model.startswith((".", "/", "~")):
-            return str((self.folder / Path(self.hf_model).expanduser()).resolve())
-        return self.hf_model
+        return _weights(self.hf_model, self.mirror, self.folder)
 
-    def _mirror(self) -> Path | None:
-        assert self.mirror is not None
-        if not self.mirror.startswith("package:"):
-            return self.folder / Path(self.mirror).expanduser()
-        package, _, inside = self.mirror.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            return None
-        return Path(found.submodule_search_locations[0]) / inside
+
+def _weights(hf_model: str, mirror: str | None, folder: Path) -> str:
+    if mirror and (place := _mirror(mirror, folder)) is not None and place.is_dir():
+        return str(place)
+    if hf_model.startswith((".", "/", "~")):
+        return str((folder / _home(hf_model)).resolve())
+    return hf_model
+
+
+def _mirror(mirror: str, folder: Path) -> Path | None:
+    if not mirror.startswith("package:"):
+        return (folder / _home(mirror)).resolve()
+    package, _, inside = mirror.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return None
+    return Path(found.submodule_search_locations[0]) / inside
+
+
+def _home(path: str) -> Path:
+    """The path with ``~`` written out; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 class Registry:
@@ -116,19 +168,18 @@ class Registry:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
-        try:
-            document, lines = _parse(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
-        faults = _Faults(lines)
+        faults = _Faults()
         specs: dict[str, ModelSpec] = {}
-        for at, entry in _entries(document, faults):
+        ids: dict[str, int] = {}
+        for at, entry in _entries(_parse(text, faults), faults):
+            id_ = entry.get("id")
+            if type(id_) is str and id_ in ids:
+                faults.add(f"{at}.id", f"{id_!r} is the id of line {ids[id_]} already")
+            elif type(id_) is str:
+                ids[id_] = faults.line(f"{at}.id")
             spec = _spec(entry, at, path.parent.resolve(), faults)
-            if spec is None:
-                continue
-            if spec.id in specs:
-                faults.add(f"{at}.id", f"{spec.id!r} is there already")
-            specs[spec.id] = spec
+            if spec is not None:
+                specs[spec.id] = spec
         if faults.found:
             shown = "\n".join(f"  line {line}: {what}" for line, what in sorted(faults.found))
             raise ValueError(f"{path} is wrong:\n{shown}")
@@ -138,46 +189,88 @@ class Registry:
 class _Faults:
     """Faults with the line they are on: of the path itself, else of what is around it."""
 
-    def __init__(self, lines: Mapping[str, int]) -> None:
-        self._lines = lines
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
         self.found: list[tuple[int, str]] = []
-        for at, line in lines.items():
-            if at.endswith("\0again"):
-                self.found.append((line, f"{at.removesuffix(chr(0) + 'again')} is there twice"))
 
     def add(self, at: str, what: str) -> None:
-        around = at
-        while around not in self._lines and around:
-            around = around[: max(around.rfind("."), around.rfind("["), 0)]
-        self.found.append((self._lines.get(around, 1), f"{at or 'the file'} {what}"))
+        self.add_line(self.line(at), f"{at or 'the file'} {what}")
+
+    def add_line(self, line: int, what: str) -> None:
+        self.found.append((line, what))
+
+    def line(self, at: str) -> int:
+        while at not in self.lines and at:
+            at = at[: max(at.rfind("."), at.rfind("["), 0)]
+        return self.lines.get(at, 1)
 
 
-def _parse(text: str) -> tuple[Any, dict[str, int]]:
-    """Return the document and the line of every path in it (``models[0].options.top_k``)."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    lines: dict[str, int] = {"": 1}
+class _Loader(yaml.SafeLoader):
+    """Says where a value is that is none, such as the date 2024-13-45."""
 
-    def walk(node: yaml.Node, at: str) -> None:
-        lines.setdefault(at, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            for index, one in enumerate(node.value):
-                walk(one, f"{at}[{index}]")
-        elif isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = f"{at}.{key.value}" if at else str(key.value)
-                if inner in lines:  # YAML would take the last one in silence
-                    lines[inner + "\0again"] = key.start_mark.line + 1
-                lines[inner] = key.start_mark.line + 1
-                walk(value, inner)
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError):
+            kind_ = node.tag.rpartition(":")[2]
+            problem = f"{node.value!r} is not a valid {kind_}; quote it if it is text"
+            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark) from None
 
-    if node is not None:
-        walk(node, "")
-    return yaml.safe_load(text), lines
+
+def _parse(text: str, faults: _Faults) -> Any:
+    """Return the document, and leave the line of every path in it with ``faults``."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _walk(node, "", faults, around=[], seen=set())
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = error.problem or error.context
+        faults.add_line(mark.line + 1 if mark else 1, f"is not valid YAML: {problem}")
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        faults.add_line(line, f"is not valid YAML: {error.reason}: {chr(error.character)!r}")
+    except RecursionError:
+        faults.add_line(1, "is not valid YAML: it is nested too deeply")
+    return None
+
+
+def _walk(
+    node: yaml.Node, at: str, faults: _Faults, *, around: list[yaml.Node], seen: set[int]
+) -> None:
+    """Note the line of every path below ``node`` (``models[0].options.top_k``).
+
+    What an alias repeats has the alias's line: its own insides are walked once.
+    """
+    if any(node is outer for outer in around):
+        raise yaml.MarkedYAMLError(None, None, f"{at} holds itself", node.start_mark)
+    faults.lines.setdefault(at, node.start_mark.line + 1)
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    inside = [*around, node]
+    if isinstance(node, yaml.SequenceNode):
+        for index, one in enumerate(node.value):
+            _walk(one, f"{at}[{index}]", faults, around=inside, seen=seen)
+    elif isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            inner = f"{at}.{name}" if at else name
+            if name in names:  # YAML would take the last one in silence
+                faults.add_line(line, f"{inner} is there twice")
+            names.add(name)
+            faults.lines[inner] = line
+            _walk(value, inner, faults, around=inside, seen=seen)
 
 
 def _entries(document: Any, faults: _Faults) -> Iterator[tuple[str, dict[str, Any]]]:
     if type(document) is not dict or type(document.get("models")) is not list:
-        faults.add("", "must have a key 'models' with a list of entries")
+        if not faults.found:
+            faults.add("", "must have a key 'models' with a list of entries")
         return
     for key in document:
         if key != "models":
@@ -185,35 +278,40 @@ def _entries(document: Any, faults: _Faults) -> Iterator[tuple[str, dict[str, An
     for index, entry in enumerate(document["models"]):
         at = f"models[{index}]"
         if type(entry) is dict:
-            yield at, entry
+            yield at, {str(key): value for key, value in entry.items()}
         else:
             faults.add(at, f"must be a mapping, not {kind(entry)}")
 
 
 def _spec(entry: dict[str, Any], at: str, folder: Path, faults: _Faults) -> ModelSpec | None:
-    before = len(faults.found)
+    """Return the entry's spec, or None where it has faults, all of which are added."""
+    values, wrong = entry, dict[str, str]()
     try:
         values = Entry().load(entry)
     except ValidationError as error:
-        for path, fault in paths(error.messages, at):
-            faults.add(path, fault)
-        values = entry
-    type_ = values.get("type")
-    if type(type_) is str and type_ not in TASKS:
-        faults.add(f"{at}.type", f"{type_!r} is not a task; {did_you_mean(type_, list(TASKS))}")
-    if type_ != "echo" and "hf_model" not in entry:
-        faults.add(at, "has no hf_model: a Hub id or a local folder")
+        wrong |= paths(error.messages)
+    # What is checked below needs some keys to be right, whatever the others are.
+    sound = {key: value for key, value in values.items() if key not in _keys(wrong)}
+    type_, hf_model = sound.get("type"), sound.get("hf_model")
+    if type_ is not None and type_ not in TASKS:
+        wrong["type"] = f"{type_!r} is not a task; {did_you_mean(type_, list(TASKS))}"
+    if hf_model is not None:
+        weights = _weights(hf_model, sound.get("mirror"), folder)
+        if Path(weights).is_absolute() and not Path(weights).is_dir():
+            wrong["hf_model"] = f"is no folder: {weights}"
+    elif (type_ not in TASKS or TASKS[type_].weights) and "hf_model" not in _keys(wrong):
+        wrong["hf_model"] = "is missing: a Hub id or a local folder"
     options_schema = TASKS[type_].options() if type_ in TASKS else Options()
-    defaults, limits = values.get("options", {}), values.get("limits", {})
-    if type_ in TASKS and type(defaults) is dict and type(limits) is dict:
+    if type_ in TASKS:
         try:
-            options_schema.narrow(defaults, limits)
+            options_schema.narrow(sound.get("options", {}), sound.get("limits", {}))
         except ValidationError as error:
-            for path, fault in paths(error.messages, at):
-                faults.add(path, fault)
-    if len(faults.found) > before:
-        return None
-    spec = ModelSpec(**values, folder=folder, options_schema=options_schema)
-    if spec.hf_model and Path(spec.weights()).is_absolute() and not Path(spec.weights()).is_dir():
-        faults.add(f"{at}.hf_model", f"is no folder: {spec.weights()}")
-    return spec
+            wrong |= paths(error.messages)
+    for path, fault in wrong.items():
+        faults.add(f"{at}.{path}", fault)
+    return None if wrong else ModelSpec(**values, folder=folder, options_schema=options_schema)
+
+
+def _keys(wrong: Mapping[str, str]) -> set[str]:
+    """The entry's keys that have a fault, or something in them that has."""
+    return {re.split(r"[.\[]", path)[0] for path in wrong}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction
+from backend.adapters.decoding import Ending, sampling
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 class Generator(TransformersAdapter):
     """What decoder-only and encoder-decoder generators share."""
 
+    special_tokens = True  # whether the tokenizer adds its own
+    pads_left = False
+
     def prompts(self, batch: Batch) -> list[str | CraneError]:
         """The text that the tokenizer gets for each input."""
         return list(batch.inputs)
 
-    def encode(self, prompts: list[str], options: dict[str, Any]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(prompts, verbose=False)["input_ids"]
+    def encode(self, prompts: list[str], options: dict[str, Any], **how: Any) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(
+            prompts, add_special_tokens=self.special_tokens, verbose=False, **how
+        )["input_ids"]
         return ids
 
-    def fit(self, ids: list[int], options: dict[str, Any]) -> list[int]:
-        """Cut a prompt's tokens to the window."""
-        raise NotImplementedError
-
-    def new_tokens(self, row: list[int], prompt_length: int) -> list[int]:
-        """The written tokens of a row that ``generate`` returned."""
-        raise NotImplementedError
-
-    def ceiling(self) -> int | None:
-        """The most tokens that a row may have altogether."""
+    def longest_prompt(self, options: dict[str, Any]) -> int:
+        """To how many tokens a prompt is cut that does not fit."""
+        assert self.window is not None
         return self.window
+
+    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+        """How many tokens may be written after a prompt."""
+        raise NotImplementedError
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         results: dict[int, Prediction | CraneError] = {}
@@ -49,69 +51,87 @@ class Generator(TransformersAdapter):
                 results[index] = text
                 continue
             ids = next(encoded)
-            if not ids:
-                results[index] = InvalidRequest.of({"input": "has no token that this model knows"})
-                continue
-            if self.window is not None and len(ids) > self.longest_prompt():
+            if self.room(ids, batch.options) < 1 or len(ids) > (self.window or len(ids)):
                 if not batch.options["truncate"]:
                     results[index] = self.too_long(len(ids))
                     continue
                 cut.add(index)
-                ids = self.fit(ids, batch.options)
-            prompts[index] = ids
-        if prompts:
-            written = self._generate(list(prompts.values()), list(prompts), batch)
-            for index, prediction in zip(prompts, written, strict=True):
-                if index in cut:
+                most = self.longest_prompt(batch.options)
+                ids = self.encode([text], batch.options, truncation=True, max_length=most)[0]
+            if ids:
+                prompts[index] = ids
+            else:
+                results[index] = InvalidRequest.of({"input": "has no token that this model knows"})
+        for places in self._together(prompts, batch.options):
+            rows = [prompts[place] for place in places]
+            for place, prediction in zip(places, self._generate(rows, places, batch), strict=True):
+                if place in cut:
                     prediction.facts["truncated"] = True
-                results[index] = prediction
+                results[place] = prediction
         return [results[index] for index in range(len(batch))]
 
-    def longest_prompt(self) -> int:
-        return self.window or 0
+    def _together(self, prompts: dict[int, list[int]], options: dict[str, Any]) -> list[list[int]]:
+        """The places that one ``generate`` writes for: all, or for beams those of equal room.
+
+        How long a text may become has a say in which beams are kept.
+        """
+        groups: dict[int, list[int]] = {}
+        for place, prompt in prompts.items():
+            room = self.room(prompt, options) if options["num_beams"] > 1 else 0
+            groups.setdefault(room, []).append(place)
+        return list(groups.values())
 
     def _generate(
         self, prompts: list[list[int]], places: list[int], batch: Batch
     ) -> list[Prediction]:
         """Write after each prompt; ``places[row]`` is the row's place in the batch."""
         import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
 
         options = batch.options
-        padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.device)
-        length = padded["input_ids"].shape[1]
-        ceiling = self.ceiling()
-        room = [
-            options["max_tokens"] if ceiling is None else min(options["max_tokens"], ceiling - used)
-            for used in self.used(prompts)
-        ]
-        stop = _stopping(
-            room=torch.tensor(room, device=self.device),
-            start=length if self.padding_side else 1,
-            cancelled=lambda: [batch.cancelled(place) for place in places],
-            num_beams=options["num_beams"],
+        room = [self.room(prompt, options) for prompt in prompts]
+        input_ids, mask = self._padded(prompts)
+        start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
+        ending = Ending(
+            room=room,
+            start=start,
+            stop=options["stop"],
+            decode=self._text,
+            cancelled=lambda row: batch.cancelled(places[row]),
         )
-        kwargs: dict[str, Any] = {}
-        if options["stop"]:
-            kwargs["tokenizer"] = self.tokenizer
         with torch.inference_mode():
             output = self.model.generate(
-                **padded,
-                **kwargs,
+                input_ids=input_ids,
+                attention_mask=mask,
                 generation_config=self.config(options, max(room)),
-                logits_processor=LogitsProcessorList(
-                    _sampling(options, [batch.seeds[place] for place in places], self.device)
+                logits_processor=sampling(
+                    options, [batch.seeds[place] for place in places], self.device
                 ),
-                stopping_criteria=StoppingCriteriaList([stop]),
+                stopping_criteria=[ending.criterion()],
             )
         return [
-            self._prediction(self.new_tokens(row, length), len(prompt), most, options)
-            for row, prompt, most in zip(output.tolist(), prompts, room, strict=True)
+            self._prediction(row[start:][:written], len(prompt), most, options)
+            for row, written, prompt, most in zip(
+                output.tolist(), ending.written, prompts, room, strict=True
+            )
         ]
 
-    def used(self, prompts: list[list[int]]) -> list[int]:
-        """How many tokens of the ceiling each row has used before anything is written."""
-        raise NotImplementedError
+    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompts as one tensor, and the mask of what is no padding.
+
+        Padding is a token that the prompt has anyway: nothing reads it, but a repetition penalty
+        counts it, and the usual stand-in, the end token, would make texts of a batch longer.
+        """
+        import torch
+
+        width = max(map(len, prompts))
+        rows, mask = [], []
+        for prompt in prompts:
+            gap = width - len(prompt)
+            padding, ones, zeros = [prompt[0]] * gap, [1] * len(prompt), [0] * gap
+            rows.append(padding + prompt if self.pads_left else prompt + padding)
+            mask.append(zeros + ones if self.pads_left else ones + zeros)
+        device = self.model.device
+        return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
     def config(self, options: dict[str, Any], max_new_tokens: int) -> Any:
         """The checkpoint's own generation settings, with the caller's options in their place."""
@@ -119,35 +139,41 @@ class Generator(TransformersAdapter):
         config.max_length = config.min_length = None
         config.max_new_tokens = max_new_tokens
         config.min_new_tokens = min(options["min_tokens"], max_new_tokens)
-        # Drawing is done by _Draw, row by row: do_sample would share one random state.
+        # Drawing is done row by row: do_sample would share one random state.
         config.do_sample = False
         config.temperature, config.top_p, config.top_k = None, None, None
         config.num_beams = options["num_beams"]
+        config.num_return_sequences = 1
+        config.return_dict_in_generate = False
         config.repetition_penalty = options["repetition_penalty"]
-        config.stop_strings = options["stop"] or None
-        config.pad_token_id = self.tokenizer.pad_token_id
+        config.pad_token_id = self.tokenizer.pad_token_id or 0
         return config
 
     def _prediction(
         self, ids: list[int], prompt_tokens: int, most: int, options: dict[str, Any]
     ) -> Prediction:
-        ids, ended = self._until_end(ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        ids, ended = self._until_end(ids, options["num_beams"])
+        text = self._text(ids)
         if places := [at for stop in options["stop"] if (at := text.find(stop)) >= 0]:
             text, ended = text[: min(places)], True
         usage = {"input_tokens": prompt_tokens, "output_tokens": len(ids)}
         reason = "length" if not ended and len(ids) >= most else "stop"
         return Prediction(text, usage, {"finish_reason": reason})
 
-    def _until_end(self, ids: list[int]) -> tuple[list[int], bool]:
-        """A row's tokens up to and with its end token, without padding; whether it has one."""
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _until_end(self, ids: list[int], num_beams: int) -> tuple[list[int], bool]:
+        """A row's tokens up to and with its end token; whether it has one."""
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         for place, token in enumerate(ids):
             if token in ends:
                 return ids[: place + 1], True
-        while ids and ids[-1] == self.tokenizer.pad_token_id:
-            ids = ids[:-1]
+        if num_beams > 1:  # beams end on their own, and are padded to the longest
+            while ids and ids[-1] == (self.tokenizer.pad_token_id or 0):
+                ids = ids[:-1]
         return ids, False
 
 
@@ -155,25 +181,39 @@ class CausalGenerator(Generator):
     """A decoder-only model: what it writes goes on from the prompt."""
 
     auto_class = "AutoModelForCausalLM"
-    padding_side = "left"  # so that every row's next token is in the same place
+    pads_left = True  # so that every row's next token is in the same place
 
-    def longest_prompt(self) -> int:
-        return (self.window or 0) - 1  # one token at least has to be written
+    def load(self) -> None:
+        super().load()
+        self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
+        if self.window is not None:
+            self.model.register_forward_pre_hook(_keep_within(self.window), with_kwargs=True)
 
-    def fit(self, ids: list[int], options: dict[str, Any]) -> list[int]:
-        # The end of a prompt is what the text goes on from.
+    def longest_prompt(self, options: dict[str, Any]) -> int:
         assert self.window is not None
-        return ids[-max(1, self.window - options["max_tokens"]) :]
+        return max(self.window - int(options["max_tokens"]), (self.window + 1) // 2)
 
-    def used(self, prompts: list[list[int]]) -> list[int]:
-        return [len(prompt) for prompt in prompts]
+    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+        most: int = options["max_tokens"]
+        return most if self.window is None else min(most, self.window - len(prompt))
 
-    def new_tokens(self, row: list[int], prompt_length: int) -> list[int]:
-        return row[prompt_length:]
+
+def _keep_within(window: int) -> Any:
+    """Keep positions in the model's table: a row that has ended is carried on with its batch."""
+
+    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            kwargs = {**kwargs, "position_ids": positions.clamp(max=window - 1)}
+        return args, kwargs
+
+    return hook
 
 
 class Chat(CausalGenerator):
     """A decoder-only model with a chat template."""
+
+    special_tokens = False  # the template has written them
 
     def load(self) -> None:
         super().load()
@@ -181,19 +221,9 @@ class Chat(CausalGenerator):
             raise ModelUnavailable("It has no chat template, so it cannot serve type chat.")
 
     def prompts(self, batch: Batch) -> list[str | CraneError]:
-        return [
-            self._prompt(index, value["messages"], batch)
-            for index, value in enumerate(batch.inputs)
-        ]
+        return [self._prompt(value["messages"]) for value in batch.inputs]
 
-    def encode(self, prompts: list[str], options: dict[str, Any]) -> list[list[int]]:
-        # The template has written the special tokens already.
-        ids: list[list[int]] = self.tokenizer(prompts, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
-
-    def _prompt(self, index: int, messages: list[dict[str, str]], batch: Batch) -> str | CraneError:
+    def _prompt(self, messages: list[dict[str, str]]) -> str | CraneError:
         import jinja2
 
         try:
@@ -214,28 +244,28 @@ class Seq2SeqGenerator(Generator):
 
     auto_class = "AutoModelForSeq2SeqLM"
 
+    def load(self) -> None:
+        super().load()
+        config = self.model.config
+        names = ("max_decoder_position_embeddings", "max_position_embeddings")
+        positions = [value for name in names if (value := getattr(config, name, None))]
+        self._positions: int | None = positions[0] if positions else None
+
     def prompts(self, batch: Batch) -> list[str | CraneError]:
         return [batch.options["prefix"] + text for text in batch.inputs]
 
-    def fit(self, ids: list[int], options: dict[str, Any]) -> list[int]:
-        # The start of a text, and the special tokens that close every input of this model.
-        assert self.window is not None
-        closing = len(ids) - 1 if ids[-1] in self.tokenizer.all_special_ids else len(ids)
-        return ids[: self.window - (len(ids) - closing)] + ids[closing:]
-
-    def ceiling(self) -> int | None:
-        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        return positions
-
-    def used(self, prompts: list[list[int]]) -> list[int]:
-        return [1] * len(prompts)  # the decoder's start token
-
-    def new_tokens(self, row: list[int], prompt_length: int) -> list[int]:
-        return row[1:]
+    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+        most: int = options["max_tokens"]
+        # The decoder's start token takes a position too.
+        return most if self._positions is None else min(most, self._positions - 1)
 
 
 class Translator(Seq2SeqGenerator):
     """Also speaks to multilingual models, whose tokenizers want the languages by code."""
+
+    def load(self) -> None:
+        super().load()
+        self._source_language = getattr(self.tokenizer, "src_lang", None)
 
     def prompts(self, batch: Batch) -> list[str | CraneError]:
         for option in ("source_language", "target_language"):
@@ -245,10 +275,11 @@ class Translator(Seq2SeqGenerator):
                 return [InvalidRequest.of({f"options.{option}": fault})] * len(batch)
         return super().prompts(batch)
 
-    def encode(self, prompts: list[str], options: dict[str, Any]) -> list[list[int]]:
-        if options["source_language"] is not None:
-            self.tokenizer.src_lang = options["source_language"]
-        return super().encode(prompts, options)
+    def encode(self, prompts: list[str], options: dict[str, Any], **how: Any) -> list[list[int]]:
+        if self._source_language is not None:
+            # Set each time: the tokenizer remembers the language of the batch before.
+            self.tokenizer.src_lang = options["source_language"] or self._source_language
+        return super().encode(prompts, options, **how)
 
     def config(self, options: dict[str, Any], max_new_tokens: int) -> Any:
         config = super().config(options, max_new_tokens)
@@ -262,68 +293,7 @@ class Translator(Seq2SeqGenerator):
             return None
         if hasattr(self.tokenizer, "lang_code_to_token"):  # M2M100 writes "de" as "__de__"
             code = self.tokenizer.lang_code_to_token.get(code, "")
+        if code in self.tokenizer.special_tokens_map.values():  # "<mask>" is no language
+            return None
         token: int | None = self.tokenizer.get_added_vocab().get(code)
         return token
-
-
-def _sampling(options: dict[str, Any], seeds: list[int | None], device: str) -> list[Any]:
-    """The warpers that ``do_sample`` would use, then a draw from each row's own generator."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    if options["temperature"] == 0:
-        return []
-    steps: list[Any] = []
-    if options["temperature"] != 1:
-        steps.append(TemperatureLogitsWarper(options["temperature"]))
-    if options["top_k"]:
-        steps.append(TopKLogitsWarper(options["top_k"]))
-    if options["top_p"] < 1:
-        steps.append(TopPLogitsWarper(options["top_p"]))
-    return [*steps, _draw(seeds, device)]
-
-
-def _draw(seeds: list[int | None], device: str) -> Callable[..., torch.Tensor]:
-    """Make a logits processor after which the greedy choice is an exact draw for each row.
-
-    Gumbel's trick: the highest of ``logits + noise`` is distributed as the softmax of the logits.
-    Each row's noise comes from its own generator, so a seed gives the same text in any batch.
-    """
-    import torch
-    from transformers import LogitsProcessor
-
-    generators = [torch.Generator(device).manual_seed(seed or 0) for seed in seeds]
-
-    class Draw(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            noise = torch.empty_like(scores, dtype=torch.float32)
-            for row, generator in zip(noise, generators, strict=True):
-                row.exponential_(generator=generator)
-            tiny = torch.finfo(
-                torch.float32
-            ).tiny  # exponential_ may give 0, whose log is not finite
-            return scores.float() - noise.clamp_min_(tiny).log_()
-
-    return Draw()
-
-
-def _stopping(
-    *,
-    room: torch.Tensor,
-    start: int,
-    cancelled: Callable[[], list[bool]],
-    num_beams: int,
-) -> Any:
-    """Make a stopping criterion: a row ends at its own room, or when nobody waits for it."""
-    import torch
-    from transformers import StoppingCriteria
-
-    class Stopping(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
-        def __call__(
-            self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-        ) -> torch.Tensor:
-            gone = torch.tensor(cancelled(), device=input_ids.device)
-            if num_beams > 1:  # rows are beams, which only end together
-                return gone.all().expand(input_ids.shape[0])
-            return gone | (input_ids.shape[1] - start >= room)
-
-    return Stopping()

@@ -26,10 +26,13 @@ class SentenceTransformersAdapter(Adapter):
             weights, device=self.device, model_kwargs=how, **revision
         )
         self.model.eval()
-        transformer = self.model[0].auto_model
+        transformer = self.model.transformers_model
+        if transformer is None:
+            raise ModelUnavailable("Its first module is no transformer, which Crane needs.")
         self.dtype = str(transformer.dtype).removeprefix("torch.")
         self.revision = getattr(transformer.config, "_commit_hash", None) or self.spec.revision
         self.window = self.model.max_seq_length
+        self.prompt: str | None = self.model.prompts.get(self.model.default_prompt_name)
 
     def unload(self) -> None:
         del self.model
@@ -39,7 +42,7 @@ class SentenceTransformersAdapter(Adapter):
         """Run the model once on all inputs; return its outputs and each input's tokens."""
         import torch
 
-        features = self.model.preprocess(inputs)
+        features = self.model.preprocess(inputs, prompt=self.prompt)
         tokens: list[int] = features["attention_mask"].sum(dim=1).tolist()
         features = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
@@ -58,7 +61,8 @@ class SentenceTransformersAdapter(Adapter):
         full = {i: inputs[i] for i, count in enumerate(tokens) if count >= self.window}
         counts = {}
         for index, value in full.items():
-            texts = value if isinstance(value, list | tuple) else (value,)
+            first, *second = value if isinstance(value, list) else [value]
+            texts = [(self.prompt or "") + first, *second]
             ids = self.model.tokenizer(*texts, truncation=False, verbose=False)["input_ids"]
             counts[index] = len(ids)
         return {index: count for index, count in counts.items() if count > self.window}

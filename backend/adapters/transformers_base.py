@@ -13,7 +13,6 @@ class TransformersAdapter(Adapter):
     """Loads ``auto_class`` and its tokenizer from the entry's weights."""
 
     auto_class: ClassVar[str]
-    padding_side: ClassVar[str | None] = None
 
     def load(self) -> None:
         import transformers
@@ -21,8 +20,8 @@ class TransformersAdapter(Adapter):
         quiet()
         weights, revision = find_weights(self.spec)
         self.device = pick_device(self.device)
-        sides = {"padding_side": self.padding_side} if self.padding_side else {}
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **sides)
+        trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **trust)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         how = {"dtype": pick_dtype(self.dtype, self.device), **revision, **self.spec.load_kwargs}
@@ -32,6 +31,10 @@ class TransformersAdapter(Adapter):
         self.model.eval()
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.revision = getattr(self.model.config, "_commit_hash", None) or self.spec.revision
+        # A classifier on a decoder finds a text's last token by the padding after it.
+        config = self.model.config.get_text_config()
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
         self.window = model_window(self.model, self.tokenizer)
         if self.window is not None:
             self.tokenizer.model_max_length = self.window
@@ -68,7 +71,8 @@ def model_window(model: Any, tokenizer: Any) -> int | None:
     if tokenizer.model_max_length < 10**9:  # else "unknown", which transformers writes as 1e30
         limits.append(tokenizer.model_max_length)
     config = model.config.get_text_config()
-    if positions := getattr(config, "max_position_embeddings", None):
+    names = ("max_encoder_position_embeddings", "max_position_embeddings")
+    if positions := next((n for name in names if (n := getattr(config, name, None))), None):
         base = getattr(model.base_model, "embeddings", None)
         table = getattr(base, "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)

@@ -23,8 +23,11 @@ class PipelineAdapter(TransformersAdapter):
         import transformers
 
         super().load()
+        # Without a device the pipeline would move the model to the first GPU.
+        placed = hasattr(self.model, "hf_device_map")
+        device = {} if placed else {"device": self.model.device}
         self._pipeline = transformers.pipeline(
-            self.pipeline_task, model=self.model, tokenizer=self.tokenizer
+            self.pipeline_task, model=self.model, tokenizer=self.tokenizer, **device
         )
 
     def unload(self) -> None:
@@ -38,7 +41,7 @@ class PipelineAdapter(TransformersAdapter):
         run: list[int] = []
         for index, count in enumerate(tokens):
             over = self.window is not None and count > self.window
-            if fault := self.fault(texts[index]):
+            if fault := self.fault(texts[index], batch.options):
                 results[index] = fault
             elif over and not batch.options["truncate"]:
                 results[index] = self.too_long(count)
@@ -54,7 +57,7 @@ class PipelineAdapter(TransformersAdapter):
     def text(self, value: str) -> str:
         return value
 
-    def fault(self, text: str) -> CraneError | None:
+    def fault(self, text: str, options: dict[str, Any]) -> CraneError | None:
         """Why the model cannot take a text, if it cannot."""
         return None
 
@@ -73,7 +76,7 @@ class TextClassifier(PipelineAdapter):
 
     def run(self, texts: list[str], options: dict[str, Any]) -> Sequence[Any]:
         outputs: Sequence[Any] = self._pipeline(
-            texts, batch_size=len(texts), top_k=options["top_k"], truncation=True
+            texts, batch_size=len(texts), top_k=options["top_k"], truncation=self.window is not None
         )
         return outputs
 
@@ -108,26 +111,37 @@ class MaskFiller(PipelineAdapter):
     auto_class = "AutoModelForMaskedLM"
     pipeline_task = "fill-mask"
 
+    most_guesses = 10_000  # each of them is a whole text
+
+    def load(self) -> None:
+        super().load()
+        if self.tokenizer.mask_token is None:
+            raise ModelUnavailable("Its tokenizer has no mask token, so it cannot fill one.")
+
     def text(self, value: str) -> str:
         mask: str = self.tokenizer.mask_token
         return re.sub(r"\[MASK\]|<mask>", lambda _: mask, value)
 
-    def fault(self, text: str) -> CraneError | None:
+    def fault(self, text: str, options: dict[str, Any]) -> CraneError | None:
         # A mask past the window would be cut off, so it has to be within.
         ids = self.tokenizer(text, truncation=self.window is not None, verbose=False)["input_ids"]
-        if self.tokenizer.mask_token_id in ids:
+        masks = ids.count(self.tokenizer.mask_token_id)
+        if masks * options["top_k"] > self.most_guesses:
+            fault = f"has {masks} masks, which with options.top_k are over {self.most_guesses}"
+            return InvalidRequest.of({"input": f"{fault} guesses; lower either"})
+        if masks:
             return None
         where = "" if self.tokenizer.mask_token not in text else " within the model's window"
-        return InvalidRequest.of({"input": f"must have a mask, written [MASK],{where}"})
+        return InvalidRequest.of({"input": f"must have a mask, written [MASK]{where}"})
 
     def run(self, texts: list[str], options: dict[str, Any]) -> Sequence[Any]:
         outputs: Sequence[Any] = self._pipeline(
             texts,
             batch_size=len(texts),
-            top_k=options["top_k"],
+            top_k=min(options["top_k"], self.model.config.get_text_config().vocab_size),
             tokenizer_kwargs={"truncation": self.window is not None},
         )
-        return outputs
+        return outputs if len(texts) > 1 else [outputs]  # of one text it gives the bare answer
 
     def shape(self, output: Any) -> Any:
         # The pipeline gives one list for one mask, and a list of lists for several.
@@ -166,45 +180,56 @@ class ZeroShotClassifier(TransformersAdapter):
         return super().size(value["text"]) * len(value["labels"])
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
-        template = batch.options["hypothesis_template"]
         results: list[Prediction | CraneError] = []
-        premises: list[str] = []
-        hypotheses: list[str] = []
+        pairs: list[tuple[str, str]] = []
         for value in batch.inputs:
-            premises += [value["text"]] * len(value["labels"])
             # Not str.format, which would follow a template's {0.__class__} into our objects.
-            hypotheses += [template.replace("{}", label) for label in value["labels"]]
-        tokens = self.count_tokens(premises, hypotheses)
-        logits = self._logits(premises, hypotheses)
-        start = 0
-        for value in batch.inputs:
-            span = slice(start, start := start + len(value["labels"]))
-            longest = max(tokens[span])
-            cut = self.window is not None and longest > self.window
-            if cut and not batch.options["truncate"]:
-                results.append(self.too_long(longest, "input.text"))
-                continue
-            scores = self._scores(logits[span], batch.options["multi_label"])
-            ranked = sorted(zip(value["labels"], scores, strict=True), key=lambda pair: -pair[1])
-            used = sum(min(count, self.window or count) for count in tokens[span])
-            results.append(
-                Prediction(
-                    [{"label": label, "score": score} for label, score in ranked],
-                    {"input_tokens": used},
-                    {"truncated": True} if cut else {},
-                )
-            )
+            template = batch.options["hypothesis_template"]
+            hypotheses = [template.replace("{}", label) for label in value["labels"]]
+            result = self._fit(value["text"], hypotheses, batch.options["truncate"])
+            results.append(result)
+            if isinstance(result, Prediction):
+                pairs += [(value["text"], hypothesis) for hypothesis in hypotheses]
+        if not pairs:
+            return results
+        logits, start = self._logits(pairs), 0
+        for value, result in zip(batch.inputs, results, strict=True):
+            if isinstance(result, Prediction):
+                span = slice(start, start := start + len(value["labels"]))
+                scores = self._scores(logits[span], batch.options["multi_label"])
+                ranked = sorted(zip(value["labels"], scores, strict=True), key=lambda p: -p[1])
+                result.output = [{"label": label, "score": score} for label, score in ranked]
         return results
 
-    def _logits(self, premises: list[str], hypotheses: list[str]) -> Any:
+    def _fit(self, text: str, hypotheses: list[str], truncate: bool) -> Prediction | CraneError:
+        """A prediction still without output, or why there can be none."""
+        bare = [
+            len(ids)
+            for ids in self.tokenizer([text, *hypotheses], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+        ]
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        tokens = [bare[0] + count + special for count in bare[1:]]
+        if self.window is None or max(tokens) <= self.window:
+            return Prediction(None, {"input_tokens": sum(tokens)})
+        longest = max(range(len(hypotheses)), key=lambda i: bare[1 + i])
+        if bare[1 + longest] + special >= self.window:
+            fault = f"leaves no room for the text in the model's window of {self.window} tokens"
+            return InvalidRequest.of({f"input.labels[{longest}]": fault})
+        if not truncate:
+            return self.too_long(max(tokens), "input.text")
+        used = sum(min(count, self.window) for count in tokens)
+        return Prediction(None, {"input_tokens": used}, {"truncated": True})
+
+    def _logits(self, pairs: list[tuple[str, str]]) -> Any:
         import torch
 
         rows = []
         step = self.spec.max_batch_size
-        for start in range(0, len(premises), step):
+        for some in (pairs[start : start + step] for start in range(0, len(pairs), step)):
             features = self.tokenizer(
-                premises[start : start + step],
-                hypotheses[start : start + step],
+                *map(list, zip(*some, strict=True)),
                 padding=True,
                 truncation="only_first" if self.window else False,
                 return_tensors="pt",
@@ -252,9 +277,7 @@ class QuestionAnswerer(TransformersAdapter):
             contexts = [
                 [which == 1 for which in features.sequence_ids(row)] for row in range(len(owners))
             ]
-            with torch.inference_mode():
-                output = self.model(**features.to(self.device))
-            starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+            starts, ends = self._logits(features)
             for index in run:
                 rows = [row for row, owner in enumerate(owners) if owner == index]
                 inside = torch.tensor([contexts[row] for row in rows])
@@ -274,6 +297,19 @@ class QuestionAnswerer(TransformersAdapter):
                 used = sum(int(features["attention_mask"][row].sum()) for row in rows)
                 results[index] = Prediction(answer, {"input_tokens": used})
         return [results[index] for index in range(len(batch))]
+
+    def _logits(self, features: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        starts, ends = [], []
+        step = self.spec.max_batch_size  # one long context may have hundreds of windows
+        for at in range(0, len(features["input_ids"]), step):
+            some = {name: value[at : at + step].to(self.device) for name, value in features.items()}
+            with torch.inference_mode():
+                output = self.model(**some)
+            starts.append(output.start_logits.float().cpu())
+            ends.append(output.end_logits.float().cpu())
+        return torch.cat(starts), torch.cat(ends)
 
     def _features(self, inputs: list[Any]) -> Any:
         windowed: dict[str, Any] = {"truncation": False}

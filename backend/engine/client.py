@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import socket
+import math
+import select
 import threading
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import wait
+from multiprocessing.connection import Client as connect_to
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import zmq
 
 from backend.config import Config
 from backend.engine import wire
@@ -123,8 +123,9 @@ class InlineEngine(EngineClient):
 class RemoteEngine(EngineClient):
     """An engine in a process of its own, reached over a Unix socket.
 
-    Each thread has a socket of its own, so calls wait for no lock and no other thread. All watch
-    one connection to the engine's lifeline: its end is the engine's, and ends every wait at once.
+    Each thread has a connection of its own with one call on it at a time, so calls wait for no
+    lock and answers cannot cross. A call is cancelled by closing its connection; an engine that
+    dies closes them all, which ends every wait at once.
     """
 
     def __init__(self, config: Config) -> None:
@@ -132,116 +133,80 @@ class RemoteEngine(EngineClient):
         assert config.engine_socket is not None
         self._path: Path = config.engine_socket
         self._local = threading.local()
-        self._lock = threading.Lock()  # so that one thread connects and the others use it
-        self._lifeline: socket.socket | None = None
 
     def status(self) -> dict[str, Any]:
-        connection = self._connection()
-        status = connection.ask(wire.STATUS, None, STATUS_TIMEOUT_S)
-        if status is None:
+        connection = self._send(None)
+        try:
+            data = self._receive(connection, STATUS_TIMEOUT_S)
+        except ModelUnavailable:
+            self._hang_up(connection)
+            raise
+        if data is None:
+            self._hang_up(connection)
             raise ModelUnavailable("The engine is too busy to say how it is.", retry_after_s=1)
-        shown: dict[str, Any] = wire.unpack(status)
+        shown: dict[str, Any] = wire.unpack(data)
         return shown
 
     def close(self) -> None:
         """Nothing to do: the engine is its supervisor's to end."""
 
-    def _submit(self, call: Call) -> tuple[_Connection, bytes]:
+    def _submit(self, call: Call) -> tuple[Connection, str]:
+        return self._send(call.to_wire()), call.request_id
+
+    def _wait(self, ticket: tuple[Connection, str], timeout_s: float) -> Answer | CraneError | None:
+        connection, call_id = ticket
+        data = self._receive(connection, timeout_s)
+        return None if data is None else wire.unpack_answer(call_id, data)
+
+    def _cancel(self, ticket: tuple[Connection, str]) -> None:
+        self._hang_up(ticket[0])
+
+    def _send(self, message: dict[str, Any] | None) -> Connection:
         connection = self._connection()
-        return connection, connection.send(wire.RUN, wire.pack(call.to_wire()))
-
-    def _wait(
-        self, ticket: tuple[_Connection, bytes], timeout_s: float
-    ) -> Answer | CraneError | None:
-        connection, call_id = ticket
-        data = connection.receive(call_id, timeout_s)
-        return None if data is None else wire.unpack_answer(data)
-
-    def _cancel(self, ticket: tuple[_Connection, bytes]) -> None:
-        connection, call_id = ticket
-        connection.cancel(call_id)
-
-    def _connection(self) -> _Connection:
-        lifeline = self._alive()
-        connection: _Connection | None = getattr(self._local, "connection", None)
-        if connection is None or connection.lifeline is not lifeline:
-            connection = self._local.connection = _Connection(self._path, lifeline)
+        try:
+            connection.send_bytes(wire.pack(message))
+        except OSError:
+            self._hang_up(connection)
+            raise _engine_gone() from None
         return connection
 
-    def _alive(self) -> socket.socket:
-        """The lifeline of a living engine, waiting a little for one that is just starting."""
+    def _receive(self, connection: Connection, timeout_s: float) -> bytes | None:
+        try:
+            return connection.recv_bytes() if _readable(connection, timeout_s) else None
+        except (EOFError, OSError):
+            raise _engine_gone() from None
+
+    def _connection(self) -> Connection:
+        """This thread's connection, or a new one where the engine has ended meanwhile."""
+        connection: Connection | None = getattr(self._local, "connection", None)
+        if connection is not None:
+            if not _readable(connection, 0):
+                return connection
+            self._hang_up(connection)  # with no call on it, all there is to read is its end
+        connection = self._local.connection = self._reach()
+        return connection
+
+    def _hang_up(self, connection: Connection) -> None:
+        connection.close()
+        self._local.connection = None
+
+    def _reach(self) -> Connection:
+        """Connect to the engine, waiting a little for one that is just starting."""
         deadline = time.monotonic() + ENGINE_START_S
         while True:
-            with self._lock:
-                if self._lifeline is None or _ended(self._lifeline):
-                    self._lifeline = _reach(wire.lifeline_of(self._path))
-                if self._lifeline is not None:
-                    return self._lifeline
-            if time.monotonic() > deadline:
-                raise ModelUnavailable("The engine is not running.", retry_after_s=5)
+            try:
+                return connect_to(str(self._path), family="AF_UNIX")
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise ModelUnavailable("The engine is not running.", retry_after_s=5) from None
             time.sleep(0.02)
 
 
-class _Connection:
-    """One thread's socket to one life of the engine."""
-
-    _ids = itertools.count()
-
-    def __init__(self, path: Path, lifeline: socket.socket) -> None:
-        self.lifeline = lifeline
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)  # what a dead engine never read dies with it
-        self._socket.connect(f"ipc://{path}")
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(lifeline, zmq.POLLIN)
-
-    def send(self, kind: bytes, data: bytes | None) -> bytes:
-        call_id = b"%d" % next(self._ids)
-        self._socket.send_multipart((kind, call_id) if data is None else (kind, call_id, data))
-        return call_id
-
-    def receive(self, call_id: bytes, timeout_s: float) -> bytes | None:
-        """Wait for the answer to ``call_id``, passing over late ones to calls given up."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left_ms = max(0, round((deadline - time.monotonic()) * 1e3))
-            ready = dict(self._poller.poll(left_ms))
-            if self._socket in ready:
-                answered, data = self._socket.recv_multipart()
-                if answered == call_id:
-                    return bytes(data)
-            elif ready:
-                raise _engine_gone()
-            elif not left_ms:
-                return None
-
-    def ask(self, kind: bytes, data: bytes | None, timeout_s: float) -> bytes | None:
-        return self.receive(self.send(kind, data), timeout_s)
-
-    def cancel(self, call_id: bytes) -> None:
-        if not _ended(self.lifeline):
-            self._socket.send_multipart((wire.CANCEL, call_id))
-
-
-def _reach(path: Path) -> socket.socket | None:
-    lifeline = socket.socket(socket.AF_UNIX)
-    try:
-        lifeline.connect(str(path))
-    except OSError:
-        lifeline.close()
-        return None
-    lifeline.setblocking(False)
-    return lifeline
-
-
-def _ended(lifeline: socket.socket) -> bool:
-    try:
-        return lifeline.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+def _readable(connection: Connection, timeout_s: float) -> bool:
+    """As ``Connection.poll``, which builds a selector each time: 20 µs more, twice a call."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(math.ceil(timeout_s * 1e3)))
 
 
 def _engine_gone() -> ModelUnavailable:

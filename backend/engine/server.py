@@ -1,4 +1,4 @@
-"""An engine as a process: calls come in over a Unix socket, answers go out, matched by id.
+"""An engine as a process: calls come in over a Unix socket, answers go back the same way.
 
 Run as ``python -m backend.engine.server``. Its standard input is its lifeline: when that ends, the
 process that started it is gone or wants it gone, and it finishes its work and exits. Signals to
@@ -8,64 +8,67 @@ the whole group (Ctrl-C, a service manager's SIGTERM) are for the HTTP workers, 
 from __future__ import annotations
 
 import logging
-import logging.config
 import os
+import resource
+import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import zmq
-
+from backend import logs
 from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Job
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
 from backend.errors import CraneError, InternalError
-from backend.logs import logging_config
 from backend.registry import Registry
 
 logger = logging.getLogger("crane.engine")
 
+# A caller that neither reads nor writes for so long is stuck, and is cut off: the thread that
+# serves all callers must not wait for one.
+STUCK_S = 2
+
 
 class Server:
-    """Hands what comes over the socket to an engine, and its answers back.
+    """Hands what callers send to an engine, and its answers back.
 
-    One thread owns the ZeroMQ socket. The models' threads leave their answers in ``_outbox`` and
-    wake it through a socket pair, since a ZeroMQ socket must stay with its thread.
+    One thread owns all connections. The models' threads leave their answers in ``_outbox`` and
+    wake it, so that no connection is closed by one thread while another writes to it.
     """
 
     def __init__(self, engine: Engine, path: Path) -> None:
         self._engine = engine
-        self._path = path
-        self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self._outbox: deque[tuple[bytes, bytes, Answer | CraneError]] = deque()
-        self._wake, self._woken = socket.socketpair()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(socket.SOMAXCONN)
+        self._selector = selectors.DefaultSelector()
+        self._outbox: deque[tuple[Connection, str, Answer | CraneError]] = deque()
+        self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        self._jobs: dict[tuple[bytes, bytes], Job] = {}
+        self._jobs: dict[Connection, Job | None] = {}
         self._stopping = False
 
     def serve(self) -> None:
         """Answer until ``stop``."""
-        self._router.bind(f"ipc://{self._path}")
-        # Callers connect here to learn of this process's end; nobody ever has to accept them.
-        alive = socket.socket(socket.AF_UNIX)
-        alive.bind(str(wire.lifeline_of(self._path)))
-        alive.listen(socket.SOMAXCONN)
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         while not self._stopping:
-            ready = dict(poller.poll())
-            if self._woken.fileno() in ready:
-                self._woken.recv(4096)
-            self._send_answers()
-            if self._router in ready:
-                self._receive()
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is self._woken:
+                    self._woken.recv(4096)
+                    self._send_answers()
+                elif isinstance(key.fileobj, Connection):
+                    self._receive(key.fileobj)
 
     def stop(self) -> None:
         """End ``serve``, from any thread."""
@@ -77,54 +80,70 @@ class Server:
         with suppress(BlockingIOError):
             self._wake.send(b"\0")
 
-    def _send_answers(self) -> None:
-        while self._outbox:
-            caller, call_id, answer = self._outbox.popleft()
-            self._jobs.pop((caller, call_id), None)
-            try:
-                data = wire.pack_answer(answer)
-            except Exception:
-                logger.exception("an output could not be sent")
-                data = wire.pack_answer(InternalError())
-            self._send(caller, call_id, data)
+    def _accept(self) -> None:
+        caller, _ = self._listener.accept()
+        stuck = struct.pack("ll", STUCK_S, 0)
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stuck)
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stuck)
+        connection = Connection(caller.detach())
+        self._jobs[connection] = None
+        self._selector.register(connection, selectors.EVENT_READ)
 
-    def _receive(self) -> None:
-        while True:
-            try:
-                caller, kind, call_id, *rest = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            if kind == wire.RUN:
-                self._run(caller, call_id, rest[0])
-            elif kind == wire.CANCEL:
-                if job := self._jobs.pop((caller, call_id), None):
-                    job.cancel()
-            elif kind == wire.STATUS:
-                self._send(caller, call_id, wire.pack(self._engine.status()))
-
-    def _run(self, caller: bytes, call_id: bytes, data: bytes) -> None:
+    def _receive(self, caller: Connection) -> None:
         try:
-            job = self._engine.submit(Call(**wire.unpack(data)))
+            message = wire.unpack(caller.recv_bytes())
+        except (EOFError, OSError):  # the caller gave up, or is gone
+            self._drop(caller)
+            return
+        if message is None:
+            self._send(caller, wire.pack(self._engine.status()))
+        else:
+            self._run(caller, Call(**message))
+
+    def _run(self, caller: Connection, call: Call) -> None:
+        try:
+            job = self._engine.submit(call)
         except CraneError as error:
-            self._send(caller, call_id, wire.pack_answer(error))
+            self._send(caller, wire.pack_answer(call.request_id, error))
             return
         except Exception:
             logger.exception("a call could not be queued")
-            self._send(caller, call_id, wire.pack_answer(InternalError()))
+            self._send(caller, wire.pack_answer(call.request_id, InternalError()))
             return
-        self._jobs[caller, call_id] = job
+        self._jobs[caller] = job
 
         def answer(future: Future[Answer]) -> None:
             error = future.exception()
             known = error if isinstance(error, CraneError) else InternalError()
-            self._outbox.append((caller, call_id, known if error else future.result()))
+            self._outbox.append((caller, call.request_id, known if error else future.result()))
             self._wake_up()
 
         job.future.add_done_callback(answer)
 
-    def _send(self, caller: bytes, call_id: bytes, data: bytes) -> None:
-        # A caller who is gone is dropped by the ROUTER in silence, which is right: nobody waits.
-        self._router.send_multipart((caller, call_id, data))
+    def _send_answers(self) -> None:
+        while self._outbox:
+            caller, call_id, answer = self._outbox.popleft()
+            if caller.closed:
+                continue
+            self._jobs[caller] = None
+            try:
+                data = wire.pack_answer(call_id, answer)
+            except Exception:
+                logger.exception("an output could not be sent")
+                data = wire.pack_answer(call_id, InternalError())
+            self._send(caller, data)
+
+    def _send(self, caller: Connection, data: bytes) -> None:
+        try:
+            caller.send_bytes(data)
+        except OSError:
+            self._drop(caller)
+
+    def _drop(self, caller: Connection) -> None:
+        self._selector.unregister(caller)
+        if job := self._jobs.pop(caller):
+            job.cancel()
+        caller.close()
 
 
 def main() -> None:
@@ -133,12 +152,14 @@ def main() -> None:
     # A thread with an answer should not wait 5 ms, Python's default, for the model's thread to
     # let go of the interpreter.
     sys.setswitchinterval(0.0005)
+    # Each thread of each HTTP worker has a connection; the usual soft limit is 1,024 files.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     config = Config.from_env()
-    logging.config.dictConfig(logging_config(config.log_level, config.log_format))
+    logs.set_up(config.log_level, config.log_format)
     assert config.engine_socket is not None
     path = config.engine_socket
-    for stale in (path, wire.lifeline_of(path)):
-        stale.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # left by an engine that was killed
     engine = Engine(config, Registry.load(config.models))
     server = Server(engine, path)
 
@@ -151,8 +172,7 @@ def main() -> None:
 
     threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
     server.serve()
-    for mine in (path, wire.lifeline_of(path)):
-        mine.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     os._exit(0)  # without waiting for the threads of a model that did not unload
 
 

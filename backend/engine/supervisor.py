@@ -8,7 +8,6 @@ every child it sees.
 from __future__ import annotations
 
 import logging
-import logging.config
 import signal
 import subprocess
 import sys
@@ -16,8 +15,8 @@ import threading
 import time
 from typing import IO
 
+from backend import logs
 from backend.config import Config
-from backend.logs import logging_config
 
 logger = logging.getLogger("crane.supervisor")
 
@@ -83,7 +82,7 @@ def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     config = Config.from_env()
-    logging.config.dictConfig(logging_config(config.log_level, config.log_format))
+    logs.set_up(config.log_level, config.log_format)
     supervisor = Supervisor([sys.executable, "-m", "backend.engine.server"])
     ender = threading.Thread(target=supervisor.end_with, args=(sys.stdin.buffer,))
     ender.start()

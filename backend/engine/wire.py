@@ -1,8 +1,11 @@
-"""How messages look between an HTTP worker and an engine: msgpack, with numpy arrays as bytes."""
+"""How messages look between an HTTP worker and an engine: msgpack, with numpy arrays as bytes.
+
+An HTTP worker's thread has a connection of its own and one request on it at a time: a call, or
+None to ask for the engine's status. Closing the connection says that nobody waits any more.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -11,14 +14,7 @@ import numpy as np
 from backend.engine.calls import Answer
 from backend.errors import ERRORS, CraneError, InternalError
 
-RUN, CANCEL, STATUS = b"run", b"cancel", b"status"
-
 _ARRAY = 1  # msgpack's code for an extension type of ours
-
-
-def lifeline_of(path: Path) -> Path:
-    """The socket beside the engine's own that is open as long as the engine lives."""
-    return path.with_suffix(".alive")
 
 
 def pack(message: Any) -> bytes:
@@ -46,20 +42,24 @@ def _unpack_other(code: int, data: bytes) -> Any:
     return np.frombuffer(data, dtype=dtype, offset=unpacker.tell()).reshape(shape)
 
 
-def pack_answer(answer: Answer | CraneError) -> bytes:
+def pack_answer(call_id: str, answer: Answer | CraneError) -> bytes:
+    """An answer to a call; ``call_id`` is the request's own, by which the caller knows it."""
     if isinstance(answer, Answer):
-        return pack({"answer": answer.to_wire()})
+        return pack({"id": call_id, "answer": answer.to_wire()})
     error = {
         "code": answer.code,
         "message": answer.message,
         "details": answer.details,
         "retry_after_s": answer.retry_after_s,
     }
-    return pack({"error": error})
+    return pack({"id": call_id, "error": error})
 
 
-def unpack_answer(data: bytes) -> Answer | CraneError:
+def unpack_answer(call_id: str, data: bytes) -> Answer | CraneError:
+    """The answer to ``call_id``; raises ``ValueError`` for another call's."""
     message = unpack(data)
+    if message["id"] != call_id:
+        raise ValueError(f"the answer is to {message['id']!r}, not to {call_id!r}")
     if "answer" in message:
         return Answer(**message["answer"])
     error = message["error"]

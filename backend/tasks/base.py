@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +36,13 @@ class Options(StrictSchema):
         for name, limit in limits.items():
             if fault := self._limit(name, limit):
                 faults["limits"][name] = [fault]
-        for name, value in defaults.items():
-            if name in self.fields:
-                self.fields[name].load_default = value
         try:
-            self.load({**self.load({}), **defaults})
+            applied = self.load({**self.load({}), **defaults})
         except ValidationError as error:
             faults["options"] = dict(error.messages_dict)
+        else:
+            for name in defaults:
+                self.fields[name].load_default = applied[name]
         if any(faults.values()):
             raise ValidationError({key: value for key, value in faults.items() if value})
 
@@ -52,12 +53,14 @@ class Options(StrictSchema):
             numbers = [k for k, f in self.fields.items() if f.validators]
             return f"is not an option with bounds; those are: {', '.join(numbers) or 'none'}"
         span = limit if isinstance(limit, dict) else {"max": limit}
-        numbers_only = all(type(v) in (int, float) for v in span.values())
+        numbers_only = all(type(v) in (int, float) and math.isfinite(v) for v in span.values())
         if not span or not set(span) <= {"min", "max"} or not numbers_only:
             return "must be a number (the highest allowed) or {min: …, max: …}"
         low, high = span.get("min", bounds.low), span.get("max", bounds.high)
         if low < bounds.low or high > bounds.high:
             return f"is wider than the task's own bounds, {bounds.low} to {bounds.high}"
+        if low > high:
+            return f"has a min above its max, {low} above {high}"
         # marshmallow shares validators between instances, so this model gets its own.
         option.validators = [Bounds(low, high)]
         default = option.load_default
@@ -100,6 +103,7 @@ class Task:
     options: type[Options]
     output: str
     example: tuple[Any, dict[str, Any]]
+    weights: bool = True  # whether an entry names a model; echo's does not
 
     def draws(self, options: Mapping[str, Any]) -> bool:
         """Whether anything is drawn at random, so that a seed belongs in the receipt."""

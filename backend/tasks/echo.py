@@ -21,4 +21,5 @@ ECHO = Task(
     options=EchoOptions,
     output="the input",
     example=({"hello": "world"}, {}),
+    weights=False,
 )

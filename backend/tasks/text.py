@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from marshmallow import ValidationError, validates_schema
+from marshmallow import ValidationError, pre_load, validates_schema
 
 from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
 from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
@@ -44,6 +44,20 @@ class GenerationOptions(Options):
         low=0.1, high=5.0, load_default=1.0, metadata=about("above 1 avoids repeating")
     )
     truncate = Boolean(load_default=False, metadata=TRUNCATE)
+
+    @pre_load
+    def _defaults_give_way(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """A model's own defaults never clash with what the caller asks for."""
+        own = {name: self.fields[name].load_default for name in ("min_tokens", "num_beams")}
+        most, heat, beams = (data.get(name) for name in ("max_tokens", "temperature", "num_beams"))
+        given = dict(data)
+        if "min_tokens" not in data and type(most) is int and most < own["min_tokens"]:
+            given["min_tokens"] = most
+        if type(heat) in (int, float) and heat:
+            given.setdefault("num_beams", 1)
+        if type(beams) is int and beams > 1:
+            given.setdefault("temperature", 0.0)
+        return given
 
     @validates_schema
     def _agree(self, data: dict[str, Any], **kwargs: Any) -> None:

@@ -1,0 +1,307 @@
+"""README.md is true: its commands are run, its answers compared, its examples used."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+import backend.adapters
+from backend import tasks
+from backend.config import Config
+from backend.errors import ERRORS
+from backend.models import load_inputs
+from backend.registry import Registry
+from backend.schemas import RunRequest
+from backend.schemas import load as load_schema
+from backend.tasks import TASKS
+from tests.serving import Gunicorn
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+REGISTRY = Registry.load(ROOT / "models.yaml")
+
+
+def commands():
+    """Every command of the README, each with the block that is shown as its answer."""
+    for place, (kind, text) in enumerate(BLOCKS):
+        if kind == "sh":
+            after = BLOCKS[place + 1] if place + 1 < len(BLOCKS) else ("", "")
+            for command in text.replace("\\\n", "").splitlines():
+                yield command, after[1] if after[0] == "json" else None
+
+
+CURLS = [(command, shown) for command, shown in commands() if command.startswith("curl ")]
+OTHERS = [command for command, _ in commands() if not command.startswith("curl ")]
+
+# Differ from call to call, or from machine to machine; their kind is compared.
+VARYING = {
+    "timings_ms",
+    "device",
+    "dtype",
+    "pid",
+    "threads",
+    "uptime_s",
+    "request_id",
+    "batch_size",
+}
+
+
+def parse(shown):
+    """The JSON of a shown answer; ``…`` stands for what was left out."""
+    text = re.sub(r",\s*…\s*\]", ', "…"]', shown)
+    return json.loads(re.sub(r",\s*…\s*\}", ', "…": null}', text))
+
+
+def differences(shown, real, at="answer"):
+    """Where a real answer is not as it is shown."""
+    if isinstance(shown, dict) and isinstance(real, dict):
+        keys = set(shown) - {"…"}
+        if missing := keys - set(real) or ("…" not in shown and set(real) - keys):
+            return [f"{at}: {sorted(missing)}"]
+        return [d for key in keys for d in differences_at(key, shown[key], real[key], at)]
+    if isinstance(shown, list) and isinstance(real, list):
+        if shown[-1:] == ["…"]:
+            shown, real = shown[:-1], real[: len(shown) - 1]
+        if len(shown) != len(real):
+            return [f"{at}: {len(shown)} items, not {len(real)}"]
+        pairs = enumerate(zip(shown, real, strict=True))
+        return [d for i, (one, other) in pairs for d in differences(one, other, f"{at}[{i}]")]
+    if isinstance(shown, float) and isinstance(real, float):
+        # bfloat16 and float32 differ by this much.
+        return [] if abs(shown - real) <= 5e-3 else [f"{at}: {shown}, not {real}"]
+    return [] if shown == real else [f"{at}: {shown!r}, not {real!r}"]
+
+
+def differences_at(key, shown, real, at):
+    at = f"{at}.{key}"
+    if key not in VARYING:
+        return differences(shown, real, at)
+    if isinstance(shown, dict):
+        return [] if set(shown) == set(real) else [f"{at}: {sorted(shown)}, not {sorted(real)}"]
+    same_kind = isinstance(real, int | float) == isinstance(shown, int | float)
+    return [] if same_kind and type(shown) in (str, type(real)) else [f"{at}: {real!r}"]
+
+
+class MakeRun(Gunicorn):
+    """``make run`` in a copy of the tree, with every setting but the port as it is by default."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "crane"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "backend", self.folder / "backend", ignore=ignored)
+        for pattern in ("*.py", "*.txt", "models.*", "Makefile"):
+            for file in ROOT.glob(pattern):
+                shutil.copy2(file, self.folder)
+        # The environment is the one that runs this test, so nothing has to be installed.
+        (self.folder / ".venv").mkdir()
+        (self.folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+        (self.folder / ".venv" / "run.done").touch()
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("CRANE_", "MAKE"))}
+        self.output = folder / "output"
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                ["make", "run"],
+                cwd=self.folder,
+                env={**env, "CRANE_BIND": "127.0.0.1:0", "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.port = 0
+        self._seen: dict[int, psutil.Process] = {}
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The service as it ships, started as the README says."""
+    server = MakeRun(tmp_path_factory.mktemp("shipped"))
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+def bash(command, **kwargs):
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=90, check=True, **kwargs
+    )
+    return json.loads(done.stdout)
+
+
+def test_every_curl_is_answered_as_shown(shipped):
+    assert len(CURLS) >= 6
+    wrong = {}
+    # In the README's order: the state of a model is told before anything has asked for it.
+    for command, shown in CURLS:
+        assert shown, f"no answer is shown for {command}"
+        real = bash(command.replace("127.0.0.1:8000", f"127.0.0.1:{shipped.port}"))
+        if found := differences(parse(shown), real):
+            wrong[command] = found
+    assert wrong == {}
+
+
+def test_a_shown_answer_that_is_not_so_is_noticed():
+    shown = parse('{"output": [1.0, 2.0, …], "metadata": {"a": 1, "device": "cpu", …}}')
+    real = {"output": [1.001, 2.0, 3.0], "metadata": {"a": 1, "device": "cuda:0", "b": 2}}
+    assert differences(shown, real) == []
+    assert differences(shown, {**real, "output": [1.1, 2.0]})
+    assert differences(shown, {**real, "output": [1.0]})
+    assert differences(shown, {**real, "metadata": {"a": 2, "device": "cpu"}})
+    assert differences(shown, {**real, "metadata": {"a": 1}})
+    assert differences(shown, {**real, "more": 1})
+    assert differences({"device": "cpu"}, {"device": 5})
+    assert differences({"timings_ms": {"a": 1.0}}, {"timings_ms": {"b": 1.0}})
+    assert differences({"revision": None}, {"revision": "main"})
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_every_other_command_is_one_that_works(command):
+    program, *arguments = command.split()
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", MAKEFILE, re.MULTILINE)
+    elif program == "docker":
+        assert (ROOT / "Dockerfile").exists()
+        assert (ROOT / "compose.yaml").exists()
+        for option, value in itertools.pairwise(arguments):
+            if option == "-v":
+                assert f'VOLUME ["{value.split(":")[1]}"' in (ROOT / "Dockerfile").read_text()
+            if option == "--stop-timeout":
+                assert int(value) > Config().request_timeout_s
+    else:
+        assert command in ("git clone REPOSITORY crane", "cd crane")
+
+
+def test_every_make_target_that_is_named_exists():
+    for target in re.findall(r"`make ([\w-]+)`", README):
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
+
+
+def test_make_run_prints_the_call_that_the_readme_shows_and_it_works(shipped):
+    printed = re.search(r"^curl .*\\\n.*$", shipped.log(), re.MULTILINE)[0]
+    command, shown = CURLS[0]
+    address = f"127.0.0.1:{shipped.port}"
+    assert printed.replace("\\\n", "") == command.replace("127.0.0.1:8000", address)
+    assert differences(parse(shown), bash(printed)) == []
+
+
+# Examples whose weights are on the Hub: what the service checks before it loads them is checked.
+
+REQUESTS = [
+    json.loads(line) for kind, text in BLOCKS if kind == "jsonl" for line in text.splitlines()
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request["model_id"])
+def test_every_example_request_is_one_that_its_model_takes(request_):
+    body = load_schema(RunRequest(), request_)
+    spec = REGISTRY.get(body["model_id"])
+    assert load_inputs(Config(), TASKS[spec.type], body["input"])
+    load_schema(spec.options_schema, body["options"], "options")
+
+
+def test_there_is_an_example_for_every_task():
+    assert [REGISTRY.get(request["model_id"]).type for request in REQUESTS] == list(TASKS)
+
+
+@pytest.mark.parametrize("request_", REQUESTS[:1] + [r for r in REQUESTS if "embed" in str(r)])
+def test_the_examples_whose_weights_are_here_are_answered(shipped, request_):
+    status, answer = shipped.post(request_)
+    assert status == 200
+    applied = answer["metadata"]["options"]
+    assert {name: applied[name] for name in request_["options"]} == request_["options"]
+
+
+# The tables.
+
+
+def rows(*head):
+    """The rows of the table that begins with ``head``, as lists of cells."""
+    table = re.search(
+        rf"^\| {re.escape(' | '.join(head))} .*\n\|[-| ]+\n((?:\|.*\n)+)", README, re.M
+    )
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table[1].splitlines()
+    ]
+
+
+def test_the_table_of_tasks_says_what_the_tasks_say():
+    options = {}
+    for type_, model, _, output, listed in rows("`type`", "shipped model"):
+        task = TASKS[type_.strip("`")]
+        assert REGISTRY.get(model.strip("`")).type == task.name
+        assert output == task.output
+        names = re.findall(r"`([\w-]+)`", listed)
+        if listed.startswith("as "):
+            names = options[names[0]] + names[1:]
+        options[task.name] = names
+        assert sorted(names) == sorted(task.options().fields)
+    assert list(options) == list(TASKS)
+
+
+def test_the_table_of_errors_has_every_error_with_its_status():
+    told = [(int(status), code.strip("`")) for status, code, _ in rows("status", "code")]
+    assert sorted(told) == sorted((int(error.status), code) for code, error in ERRORS.items())
+
+
+def test_the_table_of_the_receipt_has_every_key_that_is_answered(shipped):
+    told = {name for keys, _ in rows("key", "is") for name in re.findall(r"`(\w+)`", keys)}
+    answered = shipped.run()[1]["metadata"]
+    assert set(answered) <= told
+    assert told - set(answered) == {"seed", "finish_reason", "truncated"}
+
+
+def test_a_request_is_logged_as_shown(shipped):
+    [shown] = [json.loads(text) for kind, text in BLOCKS if kind == "json" and '"logger"' in text]
+    shipped.run("text-embedder-v1", "Cranes dance.")
+    [real, *_] = shipped.log_lines(message="request", route="/crane/run", status=200)
+    assert list(real) == list(shown)
+
+
+# The code.
+
+
+def test_the_example_of_a_model_is_an_entry_that_loads(tmp_path):
+    [text] = [text for kind, text in BLOCKS if kind == "yaml"]
+    (tmp_path / "models.yaml").write_text(text)
+    [spec] = Registry.load(tmp_path / "models.yaml")
+    assert spec.options_schema.load({})["num_beams"] == 8
+    assert spec.id not in [shipped.id for shipped in REGISTRY]
+
+
+def test_the_example_of_a_task_is_all_that_a_task_needs(make_app, monkeypatch):
+    names = {}
+    for kind, text in BLOCKS:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), names)
+    task = names["SIMILARITY"]
+    monkeypatch.setitem(tasks.TASKS, task.name, task)
+    monkeypatch.setitem(backend.adapters.ADAPTERS, task.name, names["Similarity"])
+    [embedder] = [
+        entry
+        for entry in yaml.safe_load((ROOT / "models.yaml").read_text())["models"]
+        if entry["id"] == "text-embedder-v1"
+    ]
+    entry = {**embedder, "id": "alike", "type": task.name}
+    entry.pop("limits")
+    client = make_app([entry]).test_client()
+    example = client.get("/crane/models/alike").json["example"]
+    pairs = [example["input"], {"a": "A cat sleeps.", "b": "Interest rates rose."}]
+    answer = client.post("/crane/run", json={**example, "input": pairs})
+    assert answer.status_code == 200, answer.json
+    alike, unlike = answer.json["output"]
+    assert 0.5 < alike <= 1
+    assert -1 <= unlike < 0.3
+    assert answer.json["metadata"]["usage"]["input_tokens"] > 10
