@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from gunicorn import glogging
+from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
 from backend.logs import logging_config
@@ -41,6 +42,20 @@ class Logger(glogging.Logger):
         """Without this, ``logconfig_dict`` makes gunicorn format a line that nobody reads."""
 
 
+class Worker(ThreadWorker):
+    """A threaded worker that closes its listeners as soon as it drains.
+
+    gunicorn's own keeps them open until it ends, so whoever calls meanwhile is neither answered
+    nor refused, but waits in the backlog.
+    """
+
+    def set_accept_enabled(self, enabled):
+        super().set_accept_enabled(enabled)
+        if not self.alive:
+            for listener in self.sockets:
+                listener.close()
+
+
 try:
     if os.environ["CRANE_ENGINE"] == "process":
         os.environ["CRANE_ENGINE_SOCKET"] = "to be made"
@@ -52,7 +67,7 @@ except ValueError as error:
 wsgi_app = "wsgi:app"
 bind = settings.bind
 workers = settings.workers
-worker_class = "gthread"
+worker_class = Worker
 # CRANE_THREADS calls at once; a few threads more, so that /livez is answered beside them.
 threads = settings.threads + 4
 worker_connections = max(1000, 2 * threads)

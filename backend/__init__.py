@@ -14,6 +14,7 @@ def create_app(config: Config | None = None) -> Flask:
     """Build the service from its settings; raises ``ValueError`` that lists all that is wrong."""
     # Imported here, for the engine's process imports this package too and needs no Flask.
     import atexit
+    import threading
 
     from flask import Flask
 
@@ -31,7 +32,8 @@ def create_app(config: Config | None = None) -> Flask:
 
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = config.max_body
-    app.extensions["crane"] = Crane(config=config, registry=registry, engine=engine)
+    places = threading.BoundedSemaphore(config.threads)
+    app.extensions["crane"] = Crane(config=config, registry=registry, engine=engine, places=places)
     http.install(app, config)
     app.register_blueprint(crane_api.bp)
     app.register_blueprint(ops_api.bp)

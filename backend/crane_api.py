@@ -24,9 +24,10 @@ def run() -> dict[str, Any]:
     body = load(_RUN_REQUEST, json_body())
     refuse_unless_json_accepted()
     g.log["model_id"] = body["model_id"][:100]
-    output, metadata = run_model(
-        crane(), body["model_id"], body["input"], body["options"], request_id=g.request_id
-    )
+    with crane().admission():
+        output, metadata = run_model(
+            crane(), body["model_id"], body["input"], body["options"], request_id=g.request_id
+        )
     g.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
     return {"output": output, "metadata": metadata}
 

