@@ -244,6 +244,15 @@ def test_calls_with_other_options_run_apart_and_in_their_order(make_app, gated, 
     assert gate.batches == [["first"], [0, 2], [1, 3], [4]]
 
 
+def test_nobody_is_overtaken_for_longer_than_one_batch(make_app, gated, gate):
+    app = make_app([gated() | {"max_batch_size": 2}])
+    delays = [1, 2, 1, 1, 1]
+    queue_up(
+        app, gate, [{"input": i, "options": {"delay_ms": delay}} for i, delay in enumerate(delays)]
+    )
+    assert gate.batches == [["first"], [0, 2], [1], [3, 4]]
+
+
 def test_no_batch_is_larger_than_the_entry_allows(make_app, gated, gate):
     app = make_app([gated() | {"max_batch_size": 3}])
     answers = queue_up(app, gate, [{"input": list(range(5))}, {"input": 5}])
@@ -444,7 +453,19 @@ def test_a_full_queue_says_so_at_once_and_takes_work_again_later(make_app, gated
     assert [4, 5] not in gate.batches[:-1]
 
 
-def test_a_call_past_its_deadline_never_runs_and_frees_its_place(make_app, gated, gate):
+def test_queued_work_past_its_deadline_never_runs(make_app, gated, gate):
+    app = make_app([gated()], request_timeout_s=0.3)
+    with ThreadPoolExecutor(2) as threads:
+        held = threads.submit(call, app, "held")
+        gate.wait_until_busy()
+        assert call(app, "late").status_code == 504
+        gate.open()
+        assert held.result().status_code == 504
+    assert call(app, "next").status_code == 200
+    assert gate.batches == [["held"], ["next"]]
+
+
+def test_a_call_past_its_deadline_frees_its_place(make_app, gated, gate):
     app = make_app(
         [gated()],
         queue_size=2,

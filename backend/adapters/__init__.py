@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from backend.adapters.base import Adapter
 from backend.adapters.echo import Echo
-from backend.adapters.generation import CausalGenerator, Chat, Seq2SeqGenerator, Translator
+from backend.adapters.generation import CausalGenerator, Chat
+from backend.adapters.pipelines import MaskFiller, TextClassifier, TokenClassifier
+from backend.adapters.question_answering import QuestionAnswerer
 from backend.adapters.sentence_transformers import Embedder, Reranker
-from backend.adapters.understanding import (
-    MaskFiller,
-    QuestionAnswerer,
-    TextClassifier,
-    TokenClassifier,
-    ZeroShotClassifier,
-)
+from backend.adapters.seq2seq import Seq2SeqGenerator, Translator
+from backend.adapters.zero_shot import ZeroShotClassifier
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "echo": Echo,

@@ -17,7 +17,8 @@ def sampling(options: dict[str, Any], seeds: list[int | None], device: str) -> l
         return []
     steps: list[Any] = []
     if options["temperature"] != 1:
-        steps.append(TemperatureLogitsWarper(options["temperature"]))
+        # Colder than this is greedy, and would only make the scores overflow.
+        steps.append(TemperatureLogitsWarper(max(options["temperature"], 1e-6)))
     if options["top_k"]:
         steps.append(TopKLogitsWarper(options["top_k"]))
     if options["top_p"] < 1:
@@ -88,18 +89,22 @@ class Ending:
     def _ended(self, input_ids: Any) -> list[bool]:
         written = input_ids.shape[1] - self._start
         beams = input_ids.shape[0] // len(self.room)
-        tails = input_ids[:, self._start :][:, -self._tail :].tolist() if self._stop else None
-        gone = [self._cancelled(row) for row in range(len(self.room))]
-        over = []
-        for place in range(input_ids.shape[0]):
-            row = place // beams
-            ends = gone[row] or written >= self.room[row]
-            if beams == 1 and self.written[row] is not None:
-                ends = True
-            elif tails is not None and not ends:
-                text = self._decode(tails[place])
-                ends = any(stop in text for stop in self._stop)
-            if ends and beams == 1 and self.written[row] is None:
-                self.written[row] = written
-            over.append(ends)
-        return over
+        over = [self._cancelled(row) or written >= most for row, most in enumerate(self.room)]
+        if beams == 1:
+            over = [
+                ends or before is not None for ends, before in zip(over, self.written, strict=True)
+            ]
+        ended = [ends for ends in over for _ in range(beams)]
+        if self._stop:
+            tails = input_ids[:, self._start :][:, -self._tail :].tolist()
+            ended = [ends or self._stops(tail) for ends, tail in zip(ended, tails, strict=True)]
+        if beams == 1:
+            self.written = [
+                written if ends and before is None else before
+                for ends, before in zip(ended, self.written, strict=True)
+            ]
+        return ended
+
+    def _stops(self, tail: list[int]) -> bool:
+        text = self._decode(tail)
+        return any(stop in text for stop in self._stop)

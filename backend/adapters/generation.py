@@ -62,24 +62,12 @@ class Generator(TransformersAdapter):
                 prompts[index] = ids
             else:
                 results[index] = InvalidRequest.of({"input": "has no token that this model knows"})
-        for places in self._together(prompts, batch.options):
-            rows = [prompts[place] for place in places]
-            for place, prediction in zip(places, self._generate(rows, places, batch), strict=True):
-                if place in cut:
-                    prediction.facts["truncated"] = True
-                results[place] = prediction
+        written = self._generate(list(prompts.values()), list(prompts), batch) if prompts else []
+        for place, prediction in zip(prompts, written, strict=True):
+            if place in cut:
+                prediction.facts["truncated"] = True
+            results[place] = prediction
         return [results[index] for index in range(len(batch))]
-
-    def _together(self, prompts: dict[int, list[int]], options: dict[str, Any]) -> list[list[int]]:
-        """The places that one ``generate`` writes for: all, or for beams those of equal room.
-
-        How long a text may become has a say in which beams are kept.
-        """
-        groups: dict[int, list[int]] = {}
-        for place, prompt in prompts.items():
-            room = self.room(prompt, options) if options["num_beams"] > 1 else 0
-            groups.setdefault(room, []).append(place)
-        return list(groups.values())
 
     def _generate(
         self, prompts: list[list[int]], places: list[int], batch: Batch
@@ -118,8 +106,8 @@ class Generator(TransformersAdapter):
     def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompts as one tensor, and the mask of what is no padding.
 
-        Padding is a token that the prompt has anyway: nothing reads it, but a repetition penalty
-        counts it, and the usual stand-in, the end token, would make texts of a batch longer.
+        Not the tokenizer's own padding, which needs a token for it: any will do, for nothing
+        reads what is masked.
         """
         import torch
 
@@ -127,7 +115,8 @@ class Generator(TransformersAdapter):
         rows, mask = [], []
         for prompt in prompts:
             gap = width - len(prompt)
-            padding, ones, zeros = [prompt[0]] * gap, [1] * len(prompt), [0] * gap
+            padding = [self.tokenizer.pad_token_id or 0] * gap
+            ones, zeros = [1] * len(prompt), [0] * gap
             rows.append(padding + prompt if self.pads_left else prompt + padding)
             mask.append(zeros + ones if self.pads_left else ones + zeros)
         device = self.model.device
@@ -237,63 +226,3 @@ class Chat(CausalGenerator):
 
     def size(self, value: Any) -> int:
         return sum(super(Chat, self).size(message["content"]) for message in value["messages"])
-
-
-class Seq2SeqGenerator(Generator):
-    """An encoder-decoder model: it reads the whole input, then writes."""
-
-    auto_class = "AutoModelForSeq2SeqLM"
-
-    def load(self) -> None:
-        super().load()
-        config = self.model.config
-        names = ("max_decoder_position_embeddings", "max_position_embeddings")
-        positions = [value for name in names if (value := getattr(config, name, None))]
-        self._positions: int | None = positions[0] if positions else None
-
-    def prompts(self, batch: Batch) -> list[str | CraneError]:
-        return [batch.options["prefix"] + text for text in batch.inputs]
-
-    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
-        most: int = options["max_tokens"]
-        # The decoder's start token takes a position too.
-        return most if self._positions is None else min(most, self._positions - 1)
-
-
-class Translator(Seq2SeqGenerator):
-    """Also speaks to multilingual models, whose tokenizers want the languages by code."""
-
-    def load(self) -> None:
-        super().load()
-        self._source_language = getattr(self.tokenizer, "src_lang", None)
-
-    def prompts(self, batch: Batch) -> list[str | CraneError]:
-        for option in ("source_language", "target_language"):
-            code = batch.options[option]
-            if code is not None and self._language(code) is None:
-                fault = f"is {code!r}, which is not a language code of this model"
-                return [InvalidRequest.of({f"options.{option}": fault})] * len(batch)
-        return super().prompts(batch)
-
-    def encode(self, prompts: list[str], options: dict[str, Any], **how: Any) -> list[list[int]]:
-        if self._source_language is not None:
-            # Set each time: the tokenizer remembers the language of the batch before.
-            self.tokenizer.src_lang = options["source_language"] or self._source_language
-        return super().encode(prompts, options, **how)
-
-    def config(self, options: dict[str, Any], max_new_tokens: int) -> Any:
-        config = super().config(options, max_new_tokens)
-        if options["target_language"] is not None:
-            config.forced_bos_token_id = self._language(options["target_language"])
-        return config
-
-    def _language(self, code: str) -> int | None:
-        """The id of a language's token; None for a code that the tokenizer does not know."""
-        if not hasattr(self.tokenizer, "src_lang"):
-            return None
-        if hasattr(self.tokenizer, "lang_code_to_token"):  # M2M100 writes "de" as "__de__"
-            code = self.tokenizer.lang_code_to_token.get(code, "")
-        if code in self.tokenizer.special_tokens_map.values():  # "<mask>" is no language
-            return None
-        token: int | None = self.tokenizer.get_added_vocab().get(code)
-        return token

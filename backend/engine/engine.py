@@ -25,6 +25,7 @@ class Engine:
         os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads))
         # Else a thread with nothing to do spins on its core, and the HTTP workers wait for it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
         self._pool = WorkerPool(
             ADAPTERS,

@@ -145,7 +145,7 @@ class Worker:
         kept: deque[Item] = deque()
         for item in self._queue:
             if item.job.cancelled:
-                item.job.fail(DeadlineExceeded("Nobody waited for the answer any more."))
+                item.job.fail(_too_late())
             else:
                 kept.append(item)
         self._queue = kept
@@ -191,7 +191,8 @@ class Worker:
                     "load": load * 1e3,
                     "inference": seconds * 1e3,
                 }
-                item.answer(result, about)
+                # What was broken off because nobody waited must not pass for an answer.
+                item.answer(_too_late() if item.job.cancelled else result, about)
         self._running = []
 
     def _predict(self, items: list[Item]) -> list[Prediction | CraneError]:
@@ -218,6 +219,10 @@ class Worker:
                 return [error if isinstance(error, CraneError) else InternalError()]
             return [result for item in items for result in self._predict([item])]
         return results
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("Nobody waited for the answer any more.")
 
 
 def _of_like_size(batch: list[Item], max_tokens: int) -> list[list[Item]]:

@@ -1,0 +1,364 @@
+"""Tiny checkpoints with random weights, one for each kind of model that Crane serves.
+
+Each builder writes a folder that ``from_pretrained`` takes. Seeds are fixed and weights are large,
+so that a greedy choice is no near-tie and scores are well apart.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+WORDS = re.findall(
+    r"\w+",
+    """the a of in and to was is on at river mountain city harbour engine signal morning evening
+    paris london tower bridge metres tall old new small large built burned sailed answered
+    wrote sold red green quiet question context sport politics science music food weather""",
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}"
+    "{% endif %}"
+    "<s>{{ message['role'] }}\n{{ message['content'] }}</s>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def sentence(words: int, seed: int = 0) -> str:
+    """So many words of the tokenizers' own corpus, the same for the same seed."""
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def llama(folder: Path) -> None:
+    _causal(folder, _llama_config(), chat_template=CHAT_TEMPLATE)
+
+
+def llama_without_end(folder: Path) -> None:
+    """Never ends by itself, and has no token for padding."""
+    _causal(folder, _llama_config(eos_token_id=None), eos_token=None)
+
+
+def gpt2(folder: Path) -> None:
+    """Learned positions, and so few of them that a batch reaches the last one."""
+    from transformers import GPT2Config
+
+    _causal(
+        folder,
+        GPT2Config(
+            vocab_size=400,
+            n_positions=48,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            initializer_range=0.4,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+    )
+
+
+def bart(folder: Path) -> None:
+    from transformers import BartConfig
+
+    config = BartConfig(
+        vocab_size=400,
+        max_position_embeddings=64,
+        **_SEQ2SEQ,
+        **_SPECIAL,
+        init_std=0.4,
+        decoder_start_token_id=1,
+        forced_eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    _save(folder, "BartForConditionalGeneration", config, _byte_tokenizer(template="<s> $A </s>"))
+
+
+def t5(folder: Path) -> None:
+    from transformers import T5Config
+
+    config = T5Config(
+        vocab_size=400,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        initializer_factor=3.0,
+        tie_word_embeddings=False,
+        decoder_start_token_id=2,
+        pad_token_id=2,
+        eos_token_id=1,
+    )
+    _save(folder, "T5ForConditionalGeneration", config, _byte_tokenizer(template="$A </s>"))
+
+
+def nllb(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import M2M100Config, NllbTokenizer
+
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz.,", "<mask>"]
+    tokenizer = NllbTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    assert isinstance(tokenizer.backend_tokenizer, Tokenizer)
+    assert isinstance(tokenizer.backend_tokenizer.model, BPE)
+    config = M2M100Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        **_SEQ2SEQ,
+        init_std=0.4,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        tie_word_embeddings=False,
+    )
+    _save(folder, "M2M100ForConditionalGeneration", config, tokenizer)
+
+
+def bert_classifier(folder: Path) -> None:
+    _bert(folder, "BertForSequenceClassification", ["calm", "glad", "sad", "angry"])
+
+
+def roberta_classifier(folder: Path) -> None:
+    """Counts positions from 2 on: 66 positions are a window of 64."""
+    from transformers import RobertaConfig
+
+    config = RobertaConfig(
+        vocab_size=400,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        **_ENCODER,
+        **_labels(["no", "yes"]),
+        **_SPECIAL | {"pad_token_id": 1, "eos_token_id": 2},
+    )
+    tokenizer = _byte_tokenizer(
+        template="<s> $A </s>", special=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
+    _save(folder, "RobertaForSequenceClassification", config, tokenizer)
+
+
+def gpt2_classifier(folder: Path) -> None:
+    """A classifier whose tokenizer has no padding token."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=400,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+        **_labels(["low", "high"]),
+    )
+    _save(folder, "GPT2ForSequenceClassification", config, _byte_tokenizer(pad_token=None))
+
+
+def nli(folder: Path) -> None:
+    _bert(folder, "BertForSequenceClassification", ["contradiction", "neutral", "entailment"])
+
+
+def token_classifier(folder: Path) -> None:
+    _bert(folder, "BertForTokenClassification", ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"])
+
+
+def question_answerer(folder: Path) -> None:
+    _bert(folder, "BertForQuestionAnswering", ["start", "end"])
+
+
+def masked_lm(folder: Path) -> None:
+    _bert(folder, "BertForMaskedLM", ["any"])
+
+
+def masked_lm_without_mask(folder: Path) -> None:
+    _bert(folder, "BertForMaskedLM", ["any"], mask_token=None)
+
+
+def cross_encoder(folder: Path) -> None:
+    _bert(folder, "BertForSequenceClassification", ["relevance"])
+
+
+def llama_without_template(folder: Path) -> None:
+    _causal(folder, _llama_config())
+
+
+BUILDERS = {
+    builder.__name__: builder
+    for builder in (
+        llama,
+        llama_without_end,
+        llama_without_template,
+        gpt2,
+        bart,
+        t5,
+        nllb,
+        bert_classifier,
+        roberta_classifier,
+        gpt2_classifier,
+        nli,
+        token_classifier,
+        question_answerer,
+        masked_lm,
+        masked_lm_without_mask,
+        cross_encoder,
+    )
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """``checkpoint("llama")`` is its folder, built when it is first asked for."""
+    built: dict[str, str] = {}
+
+    def folder(name: str) -> str:
+        if name not in built:
+            path = tmp_path_factory.mktemp("checkpoints") / name
+            BUILDERS[name](path)
+            built[name] = str(path)
+        return built[name]
+
+    return folder
+
+
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.4,
+}
+_SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+
+
+def _labels(names: list[str]) -> dict:
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def _llama_config(**special):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
+        **{"bos_token_id": 0, "eos_token_id": 1} | special,
+    )
+
+
+def _causal(folder: Path, config, chat_template=None, **special) -> None:
+    tokenizer = _byte_tokenizer(template="<s> $A", **{"pad_token": None} | special)
+    tokenizer.chat_template = chat_template
+    _save(folder, "AutoModelForCausalLM", config, tokenizer)
+
+
+def _byte_tokenizer(template="$A", special=("<s>", "</s>", "<pad>", "<unk>", "<mask>"), **names):
+    """Byte-level BPE: any text has tokens, and the decoded text is the same."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [sentence(40, seed) for seed in range(20)],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=list(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    pairs = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[pair for pair in pairs if pair[0] in template]
+    )
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        **{name: token for name, token in (defaults | names).items() if token},
+    )
+
+
+def _bert(folder: Path, model_class: str, labels: list[str], mask_token="[MASK]") -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?'"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[2:], *letters]
+    vocab += [f"##{letter}" for letter in letters]
+    backend = Tokenizer(
+        models.WordPiece({token: i for i, token in enumerate(vocab)}, unk_token="[UNK]")
+    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token=mask_token,
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    config = BertConfig(
+        vocab_size=len(vocab),
+        max_position_embeddings=64,
+        pad_token_id=0,
+        **_ENCODER,
+        **_labels(labels),
+    )
+    _save(folder, model_class, config, tokenizer)
+
+
+def _save(folder: Path, model_class: str, config, tokenizer) -> None:
+    import torch
+    import transformers
+
+    build = getattr(transformers, model_class)
+    build = build.from_config if model_class.startswith("Auto") else build
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = build(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and not any(norm in name for norm in ("norm", "Norm", "ln_")):
+                torch.nn.init.normal_(parameter, std=0.2)
+            if "encoder_attn" in name or "EncDecAttention" in name:
+                parameter.data *= 3  # what is written depends on what was read
+        if model.can_generate():
+            head = model.get_output_embeddings().weight.data
+            texts = [
+                tokenizer.decode([token], skip_special_tokens=True) for token in range(len(head))
+            ]
+            readable = [text.isprintable() and text not in ("", "\ufffd") for text in texts]
+            if tokenizer.eos_token_id is not None:
+                readable[tokenizer.eos_token_id] = True
+            head[[not one for one in readable]] = 0  # no text of half characters
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
