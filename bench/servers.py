@@ -19,14 +19,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Server:
-    def __init__(self, process: subprocess.Popen, port: int, started_at: float) -> None:
+    """A server's process and port."""
+
+    def __init__(self, process: subprocess.Popen, port: int, started_at: float = 0.0) -> None:
         self.process = process
         self.port = port
         self.started_at = started_at
 
+    def processes(self) -> list[psutil.Process]:
+        master = psutil.Process(self.process.pid)
+        return [master, *master.children(recursive=True)]
+
     def http_workers(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "gunicorn" in " ".join(child.cmdline())]
+        gunicorns = [p for p in self.processes() if "gunicorn" in " ".join(p.cmdline())]
+        return gunicorns[1:]
+
+    def suspend(self) -> None:
+        """Stop it from using the processor while something else is measured."""
+        for process in self.processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        for process in self.processes():
+            process.resume()
 
 
 @contextmanager

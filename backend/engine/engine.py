@@ -22,9 +22,7 @@ class Engine:
 
     def __init__(self, config: Config, registry: Registry) -> None:
         # Read by the libraries when they are first imported, which is when a model loads.
-        os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads))
-        # Else a thread with nothing to do spins on its core, and the HTTP workers wait for it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads[0]))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
         self._pool = WorkerPool(
@@ -32,6 +30,7 @@ class Engine:
             device=config.device,
             dtype=config.dtype,
             queue_size=config.queue_size,
+            threads=config.engine_threads,
         )
 
     def submit(self, call: Call) -> Job:

@@ -27,11 +27,13 @@ class WorkerPool:
         device: str,
         dtype: str,
         queue_size: int,
+        threads: tuple[int, int],
     ) -> None:
         self._adapters = adapters
         self._device = device
         self._dtype = dtype
         self._queue_size = queue_size
+        self._threads = threads
         self._workers: dict[str, Worker] = {}
         self._failures: dict[str, int] = {}
         self._closed = False
@@ -80,6 +82,7 @@ class WorkerPool:
         worker = Worker(
             adapter,
             queue_size=self._queue_size,
+            threads=self._threads,
             retry_after_s=min(FIRST_RETRY_S * 2**failures, LAST_RETRY_S),
         )
         worker.start()
