@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -80,9 +79,9 @@ class Job:
     ``fail`` may come from any thread.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> None:
         self.call = call
-        self.future: Future[Answer] = Future()
+        self._on_end = on_end
         self.queued_at = time.monotonic()
         self.deadline = self.queued_at + call.timeout_s
         # Items with equal keys may share a batch.
@@ -90,6 +89,8 @@ class Job:
         self.items = [Item(self, index) for index in range(len(call.inputs))]
         self._cancelled = False
         self._open = len(self.items)
+        self._ended = False
+        self._lock = threading.Lock()  # so that a job ends once, whoever ends it
 
     @property
     def cancelled(self) -> bool:
@@ -100,20 +101,26 @@ class Job:
         self._cancelled = True
 
     def fail(self, error: CraneError) -> None:
-        """Answer the whole call with an error, once."""
+        """Answer the whole call with an error, unless it is answered already."""
         self._cancelled = True
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
+        self._end(error)
+
+    def _end(self, answer: Answer | CraneError) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        self._on_end(answer)
 
     def _item_done(self, about: Mapping[str, Any]) -> None:
         self._open -= 1
-        if self._open or self.future.done():
+        if self._open:
             return
         if errors := [(item, item.error) for item in self.items if item.error]:
-            self.future.set_exception(self._error(errors))
+            self._end(self._error(errors))
             return
         predictions = [item.prediction for item in self.items if item.prediction]
-        self.future.set_result(
+        self._end(
             Answer(
                 outputs=[prediction.output for prediction in predictions],
                 usage=[prediction.usage for prediction in predictions],

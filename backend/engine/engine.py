@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from backend.adapters import ADAPTERS
 from backend.config import Config
-from backend.engine.calls import Call, Job
+from backend.engine.calls import Answer, Call, Job
 from backend.engine.pool import WorkerPool
+from backend.errors import CraneError
 from backend.registry import Registry
 
 logger = logging.getLogger("crane.engine")
@@ -33,13 +35,13 @@ class Engine:
             threads=config.engine_threads,
         )
 
-    def submit(self, call: Call) -> Job:
-        """Queue a call; the job's future ends with the answer or a ``CraneError``.
+    def submit(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> Job:
+        """Queue a call; ``on_end`` gets its answer or error, once, in whichever thread has it.
 
         Raises ``ModelNotFound``, ``ModelUnavailable`` or ``Overloaded`` where it is not queued.
         ``Job.cancel`` says that nobody waits for it any more.
         """
-        job = Job(call)
+        job = Job(call, on_end)
         self._pool.submit(self._registry.get(call.model_id), job)
         return job
 

@@ -17,7 +17,6 @@ import struct
 import sys
 import threading
 from collections import deque
-from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -101,24 +100,17 @@ class Server:
             self._run(caller, Call(**message))
 
     def _run(self, caller: Connection, call: Call) -> None:
+        def on_end(answer: Answer | CraneError) -> None:
+            self._outbox.append((caller, call.request_id, answer))
+            self._wake_up()
+
         try:
-            job = self._engine.submit(call)
+            self._jobs[caller] = self._engine.submit(call, on_end)
         except CraneError as error:
             self._send(caller, wire.pack_answer(call.request_id, error))
-            return
         except Exception:
             logger.exception("a call could not be queued")
             self._send(caller, wire.pack_answer(call.request_id, InternalError()))
-            return
-        self._jobs[caller] = job
-
-        def answer(future: Future[Answer]) -> None:
-            error = future.exception()
-            known = error if isinstance(error, CraneError) else InternalError()
-            self._outbox.append((caller, call.request_id, known if error else future.result()))
-            self._wake_up()
-
-        job.future.add_done_callback(answer)
 
     def _send_answers(self) -> None:
         while self._outbox:

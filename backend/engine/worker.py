@@ -150,6 +150,8 @@ class Worker:
 
     def _drop_cancelled(self) -> None:
         """Take out of the queue what nobody waits for; the caller holds the lock."""
+        if not any(item.job.cancelled for item in self._queue):
+            return
         kept: deque[Item] = deque()
         for item in self._queue:
             if item.job.cancelled:
