@@ -201,7 +201,7 @@ def test_only_cores_that_the_process_may_use_are_counted():
         "from backend.config import Config; print(Config().engine_threads)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    assert done.stdout == b"1\n"
+    assert done.stdout == b"(1, 1)\n"
 
 
 @pytest.mark.parametrize(
