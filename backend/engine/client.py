@@ -134,13 +134,13 @@ class RemoteEngine(EngineClient):
 
     def status(self) -> dict[str, Any]:
         connection = self._send(None)
+        data = None
         try:
             data = self._receive(connection, STATUS_TIMEOUT_S)
-        except ModelUnavailable:
-            self._hang_up(connection)
-            raise
+        finally:
+            if data is None:
+                self._hang_up(connection)
         if data is None:
-            self._hang_up(connection)
             raise ModelUnavailable("The engine is too busy to say how it is.", retry_after_s=1)
         shown: dict[str, Any] = wire.unpack(data)
         return shown

@@ -132,6 +132,8 @@ class Server:
             self._drop(caller)
 
     def _drop(self, caller: Connection) -> None:
+        if caller.closed:  # one look at the sockets may tell of its end twice
+            return
         self._selector.unregister(caller)
         if job := self._jobs.pop(caller):
             job.cancel()

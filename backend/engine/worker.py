@@ -16,7 +16,7 @@ from backend.errors import CraneError, DeadlineExceeded, InternalError, ModelUna
 
 logger = logging.getLogger("crane.engine")
 
-# A run of MiniLM costs 5 ms before its first token, and 20 to 60 µs for each: as much as about 150
+# A run of MiniLM costs 5 ms before its first token, and 20 to 60 µs for each: as much as 80 to 250
 # tokens on a CPU. A GPU takes more tokens in that time, a larger model fewer.
 RUN_COSTS_TOKENS = 128
 
