@@ -26,6 +26,7 @@ fix: $(VENV)/dev.done
 bench: $(VENV)/bench.done
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.embeddings
+	$(BIN)/python -m bench.images
 
 # What is installed is remembered by these files, so a second run starts at once.
 $(BIN)/python:

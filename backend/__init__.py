@@ -18,9 +18,10 @@ def create_app(config: Config | None = None) -> Flask:
 
     from flask import Flask
 
-    from backend import crane_api, http, logs, ops_api
+    from backend import bodies, crane_api, http, logs, ops_api
     from backend.config import Config
     from backend.engine.client import connect
+    from backend.media.reader import MediaReader
     from backend.models import Crane
     from backend.registry import Registry
 
@@ -32,8 +33,12 @@ def create_app(config: Config | None = None) -> Flask:
 
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = config.max_body
+    app.config["MAX_FORM_MEMORY_SIZE"] = config.max_body  # of a form's fields that are no files
+    app.config["MAX_FORM_PARTS"] = bodies.MAX_FORM_PARTS
     places = threading.BoundedSemaphore(config.threads)
-    app.extensions["crane"] = Crane(config=config, registry=registry, engine=engine, places=places)
+    app.extensions["crane"] = Crane(
+        config=config, registry=registry, engine=engine, media=MediaReader(config), places=places
+    )
     http.install(app, config)
     app.register_blueprint(crane_api.bp)
     app.register_blueprint(ops_api.bp)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import did_you_mean
+from backend.media.fetch import media_hosts
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -127,6 +128,8 @@ class Config:
     max_batch: int = _setting("MAX_BATCH", whole(1, 100_000), 256)
     max_text: int = _setting("MAX_TEXT", whole(1, 100_000_000), 1_000_000)
     data_dir: Path = _setting("DATA_DIR", path, Path(".crane"))
+    max_pixels: int = _setting("MAX_PIXELS", whole(1, 500_000_000), 2**25)
+    media_hosts: tuple[str, ...] = _setting("MEDIA_HOSTS", media_hosts, ())
     allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
     log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
     log_format: str = _setting("LOG_FORMAT", one_of("auto", "json", "console"), "auto")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-from flask import Blueprint, current_app, g, request
+from flask import Blueprint, Response, current_app, g
 
+from backend.bodies import bare, request_body, wanted_format
 from backend.engine.calls import ModelStatus
-from backend.errors import InvalidRequest, ModelUnavailable, NotAcceptable, UnsupportedMediaType
+from backend.errors import ModelUnavailable
 from backend.models import Crane, run_model
 from backend.registry import ModelSpec
 from backend.schemas import RunRequest, load
@@ -20,15 +20,25 @@ _RUN_REQUEST = RunRequest()
 
 
 @bp.post("/run")
-def run() -> dict[str, Any]:
-    body = load(_RUN_REQUEST, json_body())
-    refuse_unless_json_accepted()
+def run() -> Response | dict[str, Any]:
+    body = load(_RUN_REQUEST, request_body())
     g.log["model_id"] = body["model_id"][:100]
+    spec = crane().registry.get(body["model_id"])
+    format_ = wanted_format(spec, body["options"])
+    if format_ is not None and type(body["options"]) is dict:
+        body["options"] = {**body["options"], "format": format_}
     with crane().admission():
         output, metadata = run_model(
-            crane(), body["model_id"], body["input"], body["options"], request_id=g.request_id
+            crane(),
+            spec.id,
+            body["input"],
+            body["options"],
+            request_id=g.request_id,
+            one_output=format_ is not None,
         )
     g.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
+    if format_ is not None:
+        return bare(output, metadata)
     return {"output": output, "metadata": metadata}
 
 
@@ -47,26 +57,6 @@ def model(model_id: str) -> dict[str, Any]:
 def crane() -> Crane:
     parts: Crane = current_app.extensions["crane"]
     return parts
-
-
-def json_body() -> Any:
-    """The request's JSON; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
-    if not request.is_json:
-        sent = request.mimetype[:100] or "none"
-        raise UnsupportedMediaType(
-            f"Send the body as Content-Type: application/json; this one's is {sent}."
-        )
-    try:
-        # Strict: no NaN, no bad UTF-8, no lone surrogates, no endless nesting.
-        return orjson.loads(request.get_data())
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest.of({"body": f"is not valid JSON: {error}"}) from None
-
-
-def refuse_unless_json_accepted() -> None:
-    accepted = request.accept_mimetypes
-    if accepted and not accepted.quality("application/json"):
-        raise NotAcceptable("The answer is application/json, which the Accept header leaves out.")
 
 
 def model_states() -> dict[str, Any]:

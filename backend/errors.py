@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class CraneError(Exception):
@@ -30,18 +30,18 @@ class CraneError(Exception):
         self.details = dict(details or {})
         self.retry_after_s = retry_after_s
 
-
-class InvalidRequest(CraneError):
-    status = HTTPStatus.BAD_REQUEST
-    code = "VALIDATION_ERROR"
-
     @classmethod
-    def of(cls, faults: Mapping[str, str]) -> InvalidRequest:
+    def of(cls, faults: Mapping[str, str]) -> Self:
         """Name every fault of a request, keyed by the path of the field it is in."""
         shown = "; ".join(f"{path} {fault}" for path, fault in list(faults.items())[:3])
         more = f" (and {len(faults) - 3} more, see details)" if len(faults) > 3 else ""
         end = "" if f"{shown}{more}".endswith("?") else "."
         return cls(f"The request is not valid: {shown}{more}{end}", details=faults)
+
+
+class InvalidRequest(CraneError):
+    status = HTTPStatus.BAD_REQUEST
+    code = "VALIDATION_ERROR"
 
 
 class ModelNotFound(CraneError):

@@ -23,6 +23,7 @@ from backend.errors import (
     PayloadTooLarge,
     RouteNotFound,
 )
+from backend.media.parts import Media
 
 logger = logging.getLogger("crane.http")
 
@@ -51,7 +52,16 @@ class OrjsonProvider(JSONProvider):
 
     @staticmethod
     def _dump(body: Any) -> bytes:
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+        # Media is a dataclass, and orjson would take it apart by itself.
+        options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+        options |= orjson.OPT_PASSTHROUGH_DATACLASS
+        return orjson.dumps(body, default=_dump_media, option=options)
+
+
+def _dump_media(value: Any) -> Any:
+    if isinstance(value, Media):
+        return value.to_json()
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def install(app: Flask, config: Config) -> None:
@@ -70,7 +80,12 @@ def install(app: Flask, config: Config) -> None:
             origins=list(config.allowed_origins),
             methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-            expose_headers=["Retry-After", "X-Request-ID"],
+            expose_headers=[
+                "Content-Disposition",
+                "Retry-After",
+                "X-Crane-Metadata",
+                "X-Request-ID",
+            ],
             max_age=600,
         )
 

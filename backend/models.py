@@ -14,9 +14,10 @@ from typing import Any
 from backend.config import Config
 from backend.engine.calls import Answer, Call
 from backend.engine.client import EngineClient
-from backend.errors import InvalidRequest, Overloaded
+from backend.errors import InvalidRequest, NotAcceptable, Overloaded
+from backend.media.reader import MediaReader, Reading
 from backend.registry import ModelSpec, Registry
-from backend.schemas import check_size, load
+from backend.schemas import check_depth, check_text, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
 
@@ -28,6 +29,7 @@ class Crane:
     config: Config
     registry: Registry
     engine: EngineClient
+    media: MediaReader
     places: BoundedSemaphore
 
     @contextmanager
@@ -48,40 +50,57 @@ class Crane:
 
 
 def run_model(
-    crane: Crane, model_id: str, input_: Any, options: Any, *, request_id: str
+    crane: Crane,
+    model_id: str,
+    input_: Any,
+    options: Any,
+    *,
+    request_id: str,
+    one_output: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Run a model on an input, or on each of a list of inputs; return the output and the receipt.
 
-    Raises a ``CraneError`` that says what was wrong.
+    Raises a ``CraneError`` that says what was wrong: ``NotAcceptable`` where ``one_output`` is all
+    that can be delivered and there would be several.
     """
     started = time.perf_counter()
     spec = crane.registry.get(model_id)
     task = TASKS[spec.type]
-    inputs = load_inputs(crane.config, task, input_)
     applied = load(spec.options_schema, options, "options")
-    seeds = draw_seeds(task, applied, len(inputs))
-    answer = crane.engine.run(
-        Call(
-            request_id=request_id,
-            model_id=model_id,
-            inputs=inputs,
-            # A seed is an input's own: without it, calls that differ in nothing else share a batch.
-            options={name: value for name, value in applied.items() if name != "seed"},
-            seeds=seeds,
-            timeout_s=crane.config.request_timeout_s,
-        )
-    )
     batched = type(input_) is list
+    if one_output and (batched or task.outputs(applied) > 1):
+        raise NotAcceptable(
+            "Several outputs cannot be sent as bare bytes: ask for one, or send "
+            "Accept: application/json."
+        )
+    with crane.media.reading() as reading:
+        inputs = load_inputs(crane.config, task, input_, reading)
+        seeds = draw_seeds(task, applied, len(inputs))
+        answer = crane.engine.run(
+            Call(
+                request_id=request_id,
+                model_id=model_id,
+                inputs=inputs,
+                # A seed is an input's own: calls that differ in nothing else share a batch.
+                options={name: value for name, value in applied.items() if name != "seed"},
+                seeds=seeds,
+                timeout_s=max(0.0, crane.config.request_timeout_s - reading.fetching_s),
+            )
+        )
+    applied |= common(answer.applied)
     metadata = receipt(spec, answer, applied, seeds, batched=batched, request_id=request_id)
+    outputs = [task.dump(output, applied) for output in answer.outputs]
     metadata["timings_ms"]["total"] = round((time.perf_counter() - started) * 1e3, 2)
-    return answer.outputs if batched else answer.outputs[0], metadata
+    return outputs if batched else outputs[0], metadata
 
 
-def load_inputs(config: Config, task: Task, input_: Any) -> list[Any]:
-    """The inputs of a call: each item of a list, else the one input."""
-    check_size(input_, max_text=config.max_text, at="input")
+def load_inputs(config: Config, task: Task, input_: Any, reading: Reading) -> list[Any]:
+    """The inputs of a call, their media read: each item of a list, else the one input."""
+    check_depth(input_, at="input")
     if type(input_) is not list:
-        return [load(task.input, input_, "input")]
+        loaded = load(task.input, input_, "input")
+        check_text(loaded, max_text=config.max_text, at="input")
+        return [reading.read(loaded, "input")]
     if not 1 <= len(input_) <= config.max_batch:
         fault = f"must have 1 to {config.max_batch} items as a batch, not {len(input_)}"
         raise InvalidRequest.of({"input": fault})
@@ -94,19 +113,29 @@ def load_inputs(config: Config, task: Task, input_: Any) -> list[Any]:
             faults |= error.details
     if faults:
         raise InvalidRequest.of(faults)
-    return inputs
+    check_text(inputs, max_text=config.max_text, at="input")
+    read: list[Any] = reading.read(inputs, "input")
+    return read
 
 
 def draw_seeds(task: Task, options: dict[str, Any], count: int) -> list[int] | None:
     """A seed for each input: the caller's and those after it, or fresh ones; None if none is used.
 
-    The seed that was used is put into ``options``, so that the receipt's options repeat the call.
+    An input with several outputs has a seed for each, of which this is the first. The seed that
+    was used is put into ``options``, so that the receipt's options repeat the call.
     """
     if not task.draws(options):
         return None
     if options["seed"] is None:
         options["seed"] = secrets.randbelow(MAX_SEED + 1)
-    return [(options["seed"] + index) % (MAX_SEED + 1) for index in range(count)]
+    step = task.outputs(options)
+    return [(options["seed"] + index * step) % (MAX_SEED + 1) for index in range(count)]
+
+
+def common(applied: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the model chose for options that were left to it, where all inputs agree."""
+    first = applied[0]
+    return {name: first[name] for name in first if all(one[name] == first[name] for one in applied)}
 
 
 def receipt(

@@ -13,7 +13,17 @@ import yaml
 from marshmallow import ValidationError, validate
 
 from backend.errors import ModelNotFound, did_you_mean
-from backend.schemas import Choice, Integer, StrictField, StrictSchema, Text, kind, paths
+from backend.schemas import (
+    Boolean,
+    Choice,
+    Integer,
+    ObjectOf,
+    StrictField,
+    StrictSchema,
+    Text,
+    kind,
+    paths,
+)
 from backend.tasks import TASKS, Options
 
 DTYPES = ["auto", "float32", "float16", "bfloat16"]
@@ -51,6 +61,16 @@ class Digests(ObjectField):
         if faults:
             raise ValidationError(faults)
         return value
+
+
+class Memory(StrictSchema):
+    """Ways to fit a model on a small device; whether it can is found out when it loads."""
+
+    quantize = Choice(["int8", "float8"])
+    offload = Choice(["model", "sequential"])
+    vae_tiling = Boolean()
+    vae_slicing = Boolean()
+    attention_slicing = Boolean()
 
 
 class Entry(StrictSchema):
@@ -91,6 +111,8 @@ class Entry(StrictSchema):
         ),
     )
     load_kwargs = ObjectField(data_key="load", load_default=dict)
+    memory = ObjectOf(Memory, load_default=dict)
+    compile = Boolean(load_default=False)
     max_batch_size = Integer(low=1, high=4096, load_default=32)
 
 
@@ -109,6 +131,8 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     load_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    compile: bool = False
     max_batch_size: int = 32
     folder: Path = Path()
     options_schema: Options = field(repr=False, compare=False)

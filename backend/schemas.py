@@ -237,10 +237,17 @@ def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at or "body", str(messages)
 
 
-def check_size(value: Any, *, max_text: int, at: str, depth: int = 0) -> None:
-    """Refuse a text longer than ``max_text`` characters, or nesting past ``MAX_DEPTH``."""
+def check_depth(value: Any, *, at: str, depth: int = 0) -> None:
+    """Refuse nesting past ``MAX_DEPTH``."""
     if depth > MAX_DEPTH:
-        raise InvalidRequest.of({at.split("[")[0]: f"is nested deeper than {MAX_DEPTH} levels"})
+        raise InvalidRequest.of({at: f"is nested deeper than {MAX_DEPTH} levels"})
+    if type(value) in (list, dict):
+        for one in value.values() if type(value) is dict else value:
+            check_depth(one, at=at, depth=depth + 1)
+
+
+def check_text(value: Any, *, max_text: int, at: str) -> None:
+    """Refuse a text longer than ``max_text`` characters in a loaded input of sound depth."""
     if type(value) is str:
         if len(value) > max_text:
             raise InvalidRequest.of(
@@ -248,7 +255,7 @@ def check_size(value: Any, *, max_text: int, at: str, depth: int = 0) -> None:
             )
     elif type(value) is list:
         for index, one in enumerate(value):
-            check_size(one, max_text=max_text, at=f"{at}[{index}]", depth=depth + 1)
+            check_text(one, max_text=max_text, at=f"{at}[{index}]")
     elif type(value) is dict:
         for key, one in value.items():
-            check_size(one, max_text=max_text, at=f"{at}.{key[:80]}", depth=depth + 1)
+            check_text(one, max_text=max_text, at=f"{at}.{key[:80]}")

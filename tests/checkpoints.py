@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import diffusers_checkpoints
+
 WORDS = re.findall(
     r"\w+",
     """the a of in and to was is on at river mountain city harbour engine signal morning evening
@@ -209,6 +211,7 @@ BUILDERS = {
         masked_lm,
         masked_lm_without_mask,
         cross_encoder,
+        *diffusers_checkpoints.BUILDERS,
     )
 }
 

@@ -262,7 +262,7 @@ def test_no_batch_is_larger_than_the_entry_allows(make_app, gated, gate):
 
 def test_inputs_of_unlike_length_do_not_pad_each_other(make_app, gated, gate):
     class Sized(Echo):
-        def size(self, value):
+        def size(self, value, options):
             return len(value)
 
     app = make_app([gated(Sized)])
@@ -276,7 +276,7 @@ def test_a_padded_batch_stays_under_its_token_limit(make_app, gated, gate):
     class Sized(Echo):
         max_batch_tokens = 100
 
-        def size(self, value):
+        def size(self, value, options):
             return 40
 
     app = make_app([gated(Sized)])

@@ -6,7 +6,6 @@ What is expected never comes from Crane's own adapters.
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from backend.config import Config
 from backend.tasks import TASKS
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import run, write_models
+from tests.gpu import GPU
+from tests.test_images import TYPES
 
 __all__ = ["checkpoint"]
 
@@ -312,7 +313,7 @@ CASES = [
     ),
     Case("fill-mask", "masked_lm", fill_mask, MASKED, ({}, {"top_k": 1}, {"top_k": 3})),
 ]
-NO_LIBRARY = {"echo"}
+NO_LIBRARY = {"echo"}  # and tests/test_images.py has the pictures
 
 
 @dataclass(frozen=True)
@@ -330,26 +331,9 @@ class Served:
         return response.json["output"], response.json["metadata"]
 
 
-def on_the_test_device() -> bool:
-    if os.environ.get("CRANE_TEST_DEVICE") != "cuda":
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
 PLACES = [
     pytest.param(("cpu", "float32"), id="cpu"),
-    pytest.param(
-        ("cuda", "bfloat16"),
-        id="cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not on_the_test_device(), reason="needs CUDA and CRANE_TEST_DEVICE=cuda"
-            ),
-        ],
-    ),
+    pytest.param(("cuda", "bfloat16"), id="cuda", marks=GPU),
 ]
 
 
@@ -440,7 +424,7 @@ def assert_same(served: Served, got: list, wanted: list) -> None:
 
 
 def test_every_task_has_a_case():
-    assert {case.task for case in CASES} == set(TASKS) - NO_LIBRARY
+    assert {case.task for case in CASES} == set(TASKS) - NO_LIBRARY - set(TYPES)
 
 
 def test_answers_differ_so_that_a_mix_up_would_show(served):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from backend.errors import ModelNotFound
-from backend.registry import Entry, Registry
+from backend.registry import Entry, Memory, Registry
 from backend.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,9 +63,18 @@ FAULTY = {
         "max_bach_size: 8",
         "models[0].max_bach_size is not known here; did you mean 'max_batch_size'?",
     ),
-    "a key like none": ("zzzzzz: 8", "is not known here; it is one of: device, dtype, hf_model, "),
+    "a key like none": ("zzzzzz: 8", "is not known here; it is one of: compile, device, dtype, "),
     "a key that is a number": ("5: 8", "models[0].5 is not known here; it is one of: "),
     "a key twice": ("id: n", "models[0].id is there twice"),
+    "a way to save memory that is none": (
+        "memory: {quantise: int8}",
+        "models[0].memory.quantise is not known here; did you mean 'quantize'?",
+    ),
+    "a way to quantize that is none": (
+        "memory: {quantize: int4}",
+        "models[0].memory.quantize is 'int4': did you mean 'int8'?",
+    ),
+    "a compile that is no boolean": ("compile: 1", ".compile must be true or false, not a number"),
     "a revision that is a number": ("revision: 5", ".revision must be a string, not a number"),
     "a revision left out": ("revision:", "models[0].revision must be a string, not null"),
     "a blank revision": ("revision: ' '", "models[0].revision must not be empty"),
@@ -346,13 +355,16 @@ def test_an_entry_takes_every_key_there_is(load):
         "revision: abc123\nmirror: /no/such\n"
         f"sha256: {{a/b.bin: {'0aF' * 21 + '0'}}}\n"
         "options: {top_k: 4}\nlimits: {top_k: 5}\ndtype: float16\ndevice: cuda:1\n"
-        "load: {variant: fp16}\nmax_batch_size: 7\n"
+        "load: {variant: fp16}\nmax_batch_size: 7\ncompile: true\n"
+        "memory: {quantize: int8, offload: model, vae_tiling: true}\n"
     )
     spec = load(entry(text)).get("m")
     assert set(yaml.safe_load(entry(text))["models"][0]) == KEYS
     assert (spec.revision, spec.mirror, spec.dtype) == ("abc123", "/no/such", "float16")
     assert (spec.device, spec.max_batch_size) == ("cuda:1", 7)
     assert spec.load_kwargs == {"variant": "fp16"}
+    assert spec.compile is True
+    assert spec.memory == {"quantize": "int8", "offload": "model", "vae_tiling": True}
     assert spec.weights() == "org/name"
 
 
@@ -480,6 +492,10 @@ def test_the_schema_for_editors_has_the_keys_and_tasks_of_the_service():
     assert set(properties) == KEYS
     assert properties["type"]["enum"] == list(TASKS)
     assert all(property["description"] for property in properties.values())
+    ways = properties["memory"]["properties"]
+    assert {name: shown.get("enum") for name, shown in ways.items()} == {
+        name: getattr(field, "choices", None) for name, field in Memory().fields.items()
+    }
     required = {field.data_key or name for name, field in Entry().fields.items() if field.required}
     assert set(SCHEMA["$defs"]["entry"]["required"]) == required
     for name, field in Entry().fields.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from backend.adapters.base import Adapter
 from backend.adapters.echo import Echo
 from backend.adapters.generation import CausalGenerator, Chat
+from backend.adapters.images import ImageEditor, ImageGenerator, Inpainter
 from backend.adapters.pipelines import MaskFiller, TextClassifier, TokenClassifier
 from backend.adapters.question_answering import QuestionAnswerer
 from backend.adapters.sentence_transformers import Embedder, Reranker
@@ -25,4 +26,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "token-classification": TokenClassifier,
     "question-answering": QuestionAnswerer,
     "fill-mask": MaskFiller,
+    "text-to-image": ImageGenerator,
+    "image-to-image": ImageEditor,
+    "inpainting": Inpainter,
 }

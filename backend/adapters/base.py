@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from backend.errors import CraneError
+from backend.errors import CraneError, ModelUnavailable
 from backend.registry import ModelSpec
 
 
@@ -16,24 +16,34 @@ class Batch:
     """Inputs of one or more callers that run together, all with equal options.
 
     ``seeds[i]`` is input i's own; ``cancelled(i)`` turns true once nobody waits for it.
+    ``progress(done, of)`` tells the engine how many of a run's steps are done.
     """
 
     inputs: list[Any]
     options: dict[str, Any]
     seeds: list[int | None]
     cancelled: Callable[[int], bool]
+    progress: Callable[[int, int], None]
 
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def abandoned(self) -> bool:
+        """Whether nobody waits for any of it."""
+        return all(self.cancelled(index) for index in range(len(self)))
+
 
 @dataclass(slots=True)
 class Prediction:
-    """One input's output; ``usage`` is counted up, ``facts`` (``finish_reason``) are told as is."""
+    """One input's output; ``usage`` is counted up, ``facts`` (``finish_reason``) are told as is.
+
+    ``applied`` has the values of options that the caller and the entry left to the model.
+    """
 
     output: Any
     usage: Mapping[str, int | float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    applied: dict[str, Any] = field(default_factory=dict)
 
 
 class Adapter(ABC):
@@ -44,13 +54,32 @@ class Adapter(ABC):
     After ``load`` its ``revision``, ``device`` and ``dtype`` say what was loaded.
     """
 
-    max_batch_tokens = 32768  # padded; 32 texts of 1,024 tokens
+    max_batch_tokens: ClassVar[int] = 32768  # padded; 32 texts of 1,024 tokens
+    # Whether batches in half precision on a CPU leave a core to each HTTP worker; see Worker.
+    spares_cores: ClassVar[bool] = True
+
+    # What an entry's `memory` and `compile` may ask of this adapter.
+    memory_ways: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> None:
         self.spec = spec
         self.device = spec.device if spec.device != "auto" else device
         self.dtype = spec.dtype if spec.dtype != "auto" else dtype
         self.revision: str | None = spec.revision
+
+    @classmethod
+    def weights_key(cls, spec: ModelSpec) -> str:
+        """Entries with equal keys share one worker, and ``load_beside`` each other."""
+        return spec.id
+
+    def check_entry(self) -> None:
+        """Refuse an entry that asks for more than this adapter can do: ``ModelUnavailable``."""
+        asked = {way: f"memory.{way}" for way, wanted in self.spec.memory.items() if wanted}
+        asked |= {"compile": "compile"} if self.spec.compile else {}
+        if beyond := [name for way, name in asked.items() if way not in self.memory_ways]:
+            raise ModelUnavailable(
+                f"Its entry asks for {beyond[0]}, which type {self.spec.type} cannot do."
+            )
 
     @abstractmethod
     def load(self) -> None:
@@ -60,9 +89,13 @@ class Adapter(ABC):
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         """Answer each input, in order; an error in a place is that input's alone."""
 
+    def load_beside(self, loaded: Adapter) -> None:
+        """Take over the weights that another entry's adapter of the same key has loaded."""
+        raise NotImplementedError
+
     def unload(self) -> None:  # noqa: B027  # not every adapter takes something
         """Let go of what ``load`` took."""
 
-    def size(self, value: Any) -> int:
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
         """Guess an input's length in tokens: inputs of like size run together."""
         return 1 + len(value if isinstance(value, str) else str(value)) // 4

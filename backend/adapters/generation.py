@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction
@@ -224,5 +225,6 @@ class Chat(CausalGenerator):
             return InvalidRequest.of({"input.messages": f"do not suit this model: {error}"})
         return prompt
 
-    def size(self, value: Any) -> int:
-        return sum(super(Chat, self).size(message["content"]) for message in value["messages"])
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
+        contents = [message["content"] for message in value["messages"]]
+        return sum(super(Chat, self).size(content, options) for content in contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction
@@ -18,8 +19,8 @@ class QuestionAnswerer(TransformersAdapter):
     auto_class = "AutoModelForQuestionAnswering"
     stride = 128  # tokens that neighbouring windows share, so that an answer is whole in one
 
-    def size(self, value: Any) -> int:
-        return super().size(value["question"] + value["context"])
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
+        return super().size(value["question"] + value["context"], options)
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
@@ -102,8 +103,8 @@ class Reranker(SentenceTransformersAdapter):
                 f"It gives {self.model.num_labels} scores for a pair; a reranker gives one."
             )
 
-    def size(self, value: Any) -> int:
-        return sum(super(Reranker, self).size(text) for text in value["documents"])
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
+        return sum(super(Reranker, self).size(text, options) for text in value["documents"])
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         pairs = [

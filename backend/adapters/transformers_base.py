@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from backend.adapters.base import Adapter
 from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.memory import dtype_name, quantize
 from backend.errors import InvalidRequest
 
 
@@ -13,6 +14,7 @@ class TransformersAdapter(Adapter):
     """Loads ``auto_class`` and its tokenizer from the entry's weights."""
 
     auto_class: ClassVar[str]
+    memory_ways = frozenset(("quantize",))
 
     def load(self) -> None:
         import transformers
@@ -26,10 +28,11 @@ class TransformersAdapter(Adapter):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         how = {"dtype": pick_dtype(self.dtype, self.device), **revision, **self.spec.load_kwargs}
         model = getattr(transformers, self.auto_class).from_pretrained(weights, **how)
+        quantize([model], self.spec.memory, self.device)
         # A device map in the entry's `load` has placed the model already.
         self.model = model if "device_map" in how else model.to(self.device)
         self.model.eval()
-        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(self.model.dtype, self.spec.memory)
         self.revision = getattr(self.model.config, "_commit_hash", None) or self.spec.revision
         # A classifier on a decoder finds a text's last token by the padding after it.
         config = self.model.config.get_text_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction
@@ -30,8 +31,8 @@ class ZeroShotClassifier(TransformersAdapter):
         self._entailment = entails[0]
         self._contradiction = 0 if self._entailment else -1
 
-    def size(self, value: Any) -> int:
-        return super().size(value["text"]) * len(value["labels"])
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
+        return super().size(value["text"], options) * len(value["labels"])
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         results: list[Prediction | CraneError] = []

@@ -42,11 +42,12 @@ class Call:
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """What became of a call. ``usage`` and ``facts`` have an entry for each output."""
+    """What became of a call. ``usage``, ``facts`` and ``applied`` have an entry for each input."""
 
     outputs: list[Any]
     usage: list[Mapping[str, int | float]]
     facts: list[dict[str, Any]]
+    applied: list[dict[str, Any]]
     revision: str | None
     device: str
     dtype: str
@@ -59,10 +60,15 @@ class Answer:
 
 @dataclass(slots=True, kw_only=True)
 class ModelStatus:
-    """What an engine knows of one model, as ``GET /crane/models`` shows it."""
+    """What an engine knows of one model, as ``GET /crane/models`` shows it.
+
+    ``running`` is its present batch: how many inputs it has, and how many steps of how many are
+    done where the model tells.
+    """
 
     state: State = State.UNLOADED
     queue: int = 0
+    running: dict[str, int] | None = None
     device: str | None = None
     dtype: str | None = None
     load_s: float | None = None
@@ -85,7 +91,7 @@ class Job:
         self.queued_at = time.monotonic()
         self.deadline = self.queued_at + call.timeout_s
         # Items with equal keys may share a batch.
-        self.key = orjson.dumps(call.options, option=orjson.OPT_SORT_KEYS)
+        self.key = call.model_id, orjson.dumps(call.options, option=orjson.OPT_SORT_KEYS)
         self.items = [Item(self, index) for index in range(len(call.inputs))]
         self._cancelled = False
         self._open = len(self.items)
@@ -125,6 +131,7 @@ class Job:
                 outputs=[prediction.output for prediction in predictions],
                 usage=[prediction.usage for prediction in predictions],
                 facts=[prediction.facts for prediction in predictions],
+                applied=[prediction.applied for prediction in predictions],
                 batch_size=max(item.batch_size for item in self.items),
                 timings_ms={
                     # The items of a call may run in several batches: the longest of each counts.

@@ -18,7 +18,7 @@ LAST_RETRY_S = 300.0
 
 
 class WorkerPool:
-    """Finds a model's worker, or starts one."""
+    """Finds a model's worker, or starts one; entries that share weights share a worker."""
 
     def __init__(
         self,
@@ -44,15 +44,22 @@ class WorkerPool:
         with self._lock:
             if self._closed:
                 raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
-            worker = self._workers.get(spec.id)
-            if worker is None or self._is_over(worker):
-                worker = self._workers[spec.id] = self._start(spec)
+            key = self._adapters[spec.type].weights_key(spec)
+            worker = self._workers.get(key)
+            if worker is None or self._is_over(key, worker):
+                worker = self._workers[key] = self._start(key, spec)
+            elif spec.id not in worker.adapters:
+                worker.adapters[spec.id] = self._adapter(spec)
         worker.submit(job)
 
     def status(self) -> dict[str, ModelStatus]:
         """Where every model stands that was ever asked for."""
         with self._lock:
-            return {model_id: worker.status() for model_id, worker in self._workers.items()}
+            return {
+                model_id: worker.status(model_id)
+                for worker in self._workers.values()
+                for model_id in worker.adapters
+            }
 
     def close(self, timeout_s: float) -> list[str]:
         """Finish what is queued and unload; return the ids of models that did not end in time."""
@@ -68,19 +75,21 @@ class WorkerPool:
             if not worker.join(max(0.0, deadline - time.monotonic()))
         ]
 
-    def _is_over(self, worker: Worker) -> bool:
+    def _is_over(self, key: str, worker: Worker) -> bool:
         if worker.state is State.READY:
-            self._failures.pop(worker.model_id, None)
+            self._failures.pop(key, None)
         elif worker.state is State.FAILED and time.monotonic() >= worker.retry_at:
-            self._failures[worker.model_id] = self._failures.get(worker.model_id, 0) + 1
+            self._failures[key] = self._failures.get(key, 0) + 1
             return True
         return worker.state in (State.DEFUNCT, State.UNLOADED)
 
-    def _start(self, spec: ModelSpec) -> Worker:
-        adapter = self._adapters[spec.type](spec, device=self._device, dtype=self._dtype)
-        failures = self._failures.get(spec.id, 0)
+    def _adapter(self, spec: ModelSpec) -> Adapter:
+        return self._adapters[spec.type](spec, device=self._device, dtype=self._dtype)
+
+    def _start(self, key: str, spec: ModelSpec) -> Worker:
+        failures = self._failures.get(key, 0)
         worker = Worker(
-            adapter,
+            self._adapter(spec),
             queue_size=self._queue_size,
             threads=self._threads,
             retry_after_s=min(FIRST_RETRY_S * 2**failures, LAST_RETRY_S),

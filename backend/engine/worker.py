@@ -24,6 +24,9 @@ RUN_COSTS_TOKENS = 128
 class Worker:
     """Runs one model's calls in batches, from the thread that loaded it.
 
+    Several entries may share its weights: the first one's adapter loads them, and each other's
+    takes them over before its first batch.
+
     It never waits for a batch to fill: when the model is free, all queued work with equal options
     goes together, up to ``max_batch_size`` inputs. A worker whose load failed refuses its callers
     until ``retry_at``; the next try is a new worker's.
@@ -33,14 +36,17 @@ class Worker:
         self, adapter: Adapter, *, queue_size: int, threads: tuple[int, int], retry_after_s: float
     ) -> None:
         self.model_id = adapter.spec.id
+        self.adapters = {self.model_id: adapter}
         self.state = State.LOADING
         self.retry_at = 0.0
         self._retry_after_s = retry_after_s
         self._adapter = adapter
+        self._loaded: set[str] = set()
         self._queue_size = queue_size
         self._threads = threads
         self._queue: deque[Item] = deque()
         self._running: list[Item] = []
+        self._progress: dict[str, int] = {}
         # One lock, so that nothing is queued after the last drain.
         self._changed = threading.Condition()
         self._closing = False
@@ -57,8 +63,9 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Queue every input of a job, or refuse it whole: ``Overloaded``, ``ModelUnavailable``."""
+        adapter = self.adapters[job.call.model_id]
         for item in job.items:
-            item.size = self._adapter.size(item.input)
+            item.size = adapter.size(item.input, job.call.options)
         with self._changed:
             if self._over is not None:
                 raise self._refusal()
@@ -87,11 +94,14 @@ class Worker:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def status(self) -> ModelStatus:
+    def status(self, model_id: str) -> ModelStatus:
         loaded = self.state is State.READY
+        running = list(self._running)
+        mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
-            queue=len(self._queue),
+            queue=sum(item.job.call.model_id == model_id for item in list(self._queue)),
+            running={"inputs": len(running), **self._progress} if mine else None,
             device=self._adapter.device if loaded else None,
             dtype=self._adapter.dtype if loaded else None,
             load_s=self._load_s,
@@ -104,7 +114,8 @@ class Worker:
         try:
             while batch := self._next_batch():
                 self._answer(batch)
-            self._adapter.unload()
+            for model_id in self._loaded:
+                self.adapters[model_id].unload()
         except BaseException:
             # Not an error of a batch, which _answer keeps: this thread cannot go on.
             logger.exception("%s stopped working", self.model_id)
@@ -115,6 +126,7 @@ class Worker:
     def _load(self) -> bool:
         started = time.monotonic()
         try:
+            self._adapter.check_entry()
             self._adapter.load()
         except BaseException as error:
             logger.exception("%s did not load", self.model_id)
@@ -126,6 +138,7 @@ class Worker:
             return False
         self._ready_at = time.monotonic()
         self._load_s = round(self._ready_at - started, 3)
+        self._loaded.add(self.model_id)
         self.state = State.READY
         fields = {"device": self._adapter.device, "dtype": self._adapter.dtype}
         logger.info(
@@ -173,25 +186,27 @@ class Worker:
             key = self._queue[0].job.key
             batch: list[Item] = []
             others: deque[Item] = deque()
-            while self._queue and len(batch) < self._adapter.spec.max_batch_size:
+            spec = self.adapters[self._queue[0].job.call.model_id].spec
+            while self._queue and len(batch) < spec.max_batch_size:
                 item = self._queue.popleft()
                 (batch if item.job.key == key else others).append(item)
             # What was passed over keeps its place at the head.
             self._queue.extendleft(reversed(others))
-            self._running = batch
+            self._running, self._progress = batch, {}
         return batch
 
     def _answer(self, batch: list[Item]) -> None:
-        for items in _of_like_size(batch, self._adapter.max_batch_tokens):
+        adapter = self.adapters[batch[0].job.call.model_id]
+        for items in _of_like_size(batch, adapter.max_batch_tokens):
             started = time.monotonic()
             self._use_threads(len(items))
-            results = self._predict(items)
+            results = self._predict(adapter, items)
             seconds = time.monotonic() - started
             self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
             about: dict[str, Any] = {
-                "revision": self._adapter.revision,
-                "device": self._adapter.device,
-                "dtype": self._adapter.dtype,
+                "revision": adapter.revision,
+                "device": adapter.device,
+                "dtype": adapter.dtype,
             }
             for item, result in zip(items, results, strict=True):
                 queued_at = item.job.queued_at
@@ -218,33 +233,44 @@ class Worker:
         if torch is None or self._adapter.device != "cpu":
             return
         all_cores, fewer = self._threads
-        wanted = all_cores if items == 1 or self._adapter.dtype == "float32" else fewer
+        whole = items == 1 or self._adapter.dtype == "float32" or not self._adapter.spares_cores
+        wanted = all_cores if whole else fewer
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
-    def _predict(self, items: list[Item]) -> list[Prediction | CraneError]:
+    def _predict(self, adapter: Adapter, items: list[Item]) -> list[Prediction | CraneError]:
         """Run a batch; if it fails, run its items one by one, so that each fails for itself."""
+
+        def progress(done: int, of: int) -> None:
+            self._progress = {"step": done, "steps": of}
+
         batch = Batch(
             inputs=[item.input for item in items],
             options=dict(items[0].job.call.options),
             seeds=[item.seed for item in items],
             cancelled=lambda index: items[index].job.cancelled,
+            progress=progress,
         )
         try:
-            results = self._adapter.predict(batch)
+            if adapter.spec.id not in self._loaded:
+                adapter.load_beside(self._adapter)
+                self._loaded.add(adapter.spec.id)
+            results = adapter.predict(batch)
             if len(results) != len(items):
                 raise RuntimeError(f"{len(items)} inputs gave {len(results)} outputs")
         except Exception as error:
+            if batch.abandoned():  # which an adapter may say by breaking off
+                return [_too_late()] * len(items)
             request_ids = [item.job.call.request_id for item in items]
             logger.exception(
                 "%s failed a batch of %d",
-                self.model_id,
+                adapter.spec.id,
                 len(items),
                 extra={"fields": {"request_ids": request_ids}},
             )
             if len(items) == 1:
                 return [error if isinstance(error, CraneError) else InternalError()]
-            return [result for item in items for result in self._predict([item])]
+            return [result for item in items for result in self._predict(adapter, [item])]
         return results
 
 

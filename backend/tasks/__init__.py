@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from backend.tasks.base import Options, Task
 from backend.tasks.echo import ECHO
+from backend.tasks.images import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from backend.tasks.text import (
     CHAT,
     SUMMARIZATION,
@@ -39,5 +40,8 @@ TASKS: dict[str, Task] = {
         TOKEN_CLASSIFICATION,
         QUESTION_ANSWERING,
         FILL_MASK,
+        TEXT_TO_IMAGE,
+        IMAGE_TO_IMAGE,
+        INPAINTING,
     )
 }

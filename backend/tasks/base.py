@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from marshmallow import ValidationError, fields
@@ -68,6 +68,11 @@ class Options(StrictSchema):
             option.load_default = type(default)(high)
         return None
 
+    def bounds(self, name: str) -> tuple[float, float]:
+        """The lowest and the highest value of a number."""
+        [found] = [v for v in self.fields[name].validators if isinstance(v, Bounds)]
+        return found.low, found.high
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """Each option's type, default and bounds, as ``GET /crane/models/{id}`` shows them."""
         return {name: _describe(field) for name, field in self.fields.items()}
@@ -95,7 +100,8 @@ class Task:
 
     ``input`` loads one input (a list of inputs is a batch, which the caller of this class
     unpacks); ``output`` says in words what one output is; ``example`` is a valid
-    ``(input, options)``.
+    ``(input, options)``. Where an output is ``Media``, ``formats`` has the values of the option
+    ``format``, each with its media type. ``dump`` makes of an adapter's output what callers get.
     """
 
     name: str
@@ -104,7 +110,14 @@ class Task:
     output: str
     example: tuple[Any, dict[str, Any]]
     weights: bool = True  # whether an entry names a model; echo's does not
+    formats: Mapping[str, str] = field(default_factory=dict)
+    dump: Callable[[Any, Mapping[str, Any]], Any] = lambda output, options: output
 
     def draws(self, options: Mapping[str, Any]) -> bool:
         """Whether anything is drawn at random, so that a seed belongs in the receipt."""
         return "seed" in options and options.get("temperature", 1) > 0
+
+    def outputs(self, options: Mapping[str, Any]) -> int:
+        """How many outputs an input has; where it is above one, they are a list."""
+        count: int = options.get("num_images", 1)
+        return count

@@ -1,0 +1,190 @@
+"""What every diffusers adapter shares: a pipeline on its device, its schedule, its steps."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from backend.adapters.base import Adapter, Batch
+from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
+from backend.adapters.transformers_base import quiet
+from backend.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable
+from backend.registry import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+class DiffusersAdapter(Adapter):
+    """Loads a checkpoint as ``auto_class`` has it, or takes over one that is loaded."""
+
+    auto_class: ClassVar[str]
+    spares_cores = False  # a step is long: a core less costs more than being interrupted
+    memory_ways = frozenset(
+        ("quantize", "offload", "vae_tiling", "vae_slicing", "attention_slicing", "compile")
+    )
+
+    @classmethod
+    def weights_key(cls, spec: ModelSpec) -> str:
+        how = [spec.weights(), spec.revision, spec.dtype, spec.device, spec.compile]
+        return "diffusers " + json.dumps([*how, dict(spec.load_kwargs), dict(spec.memory)])
+
+    def load(self) -> None:
+        diffusers = _import_quietly()
+        weights, revision = find_weights(self.spec)
+        self.device = pick_device(self.device)
+        dtype = _pick_dtype(self.dtype, self.device)
+        kwargs = self.spec.load_kwargs
+        folder = weights
+        if not Path(weights).is_dir():
+            # Fetched apart from loading: the snapshot's folder is named after its commit.
+            known = {k: kwargs[k] for k in ("variant", "use_safetensors") if k in kwargs}
+            folder = diffusers.DiffusionPipeline.download(weights, **revision, **known)
+            self.revision = Path(folder).name
+        pipeline = getattr(diffusers, self.auto_class).from_pretrained(
+            folder, dtype=dtype, **kwargs
+        )
+        self._settle(pipeline, pipeline.scheduler)
+        quantize(self._learned(), self.spec.memory, self.device)
+        self.dtype = dtype_name(dtype, self.spec.memory)
+        fit(pipeline, self.spec.memory)
+        if "offload" in self.spec.memory:
+            offload(pipeline, self.spec.memory["offload"], self.device)
+        else:
+            pipeline.to(self.device)
+        if self.spec.compile:
+            compile_module(self.denoiser, self.device)
+
+    def load_beside(self, loaded: Adapter) -> None:
+        import diffusers
+
+        assert isinstance(loaded, DiffusersAdapter)
+        try:
+            pipeline = getattr(diffusers, self.auto_class).from_pipe(loaded.pipeline)
+        except ValueError:
+            why = f"Its checkpoint has no pipeline for {self.spec.type}."
+            raise ModelUnavailable(why) from None
+        self.device, self.dtype, self.revision = loaded.device, loaded.dtype, loaded.revision
+        self._settle(pipeline, loaded._scheduler)
+        if "offload" in self.spec.memory:
+            offload(pipeline, self.spec.memory["offload"], self.device)
+
+    def _settle(self, pipeline: Any, scheduler: Any) -> None:
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+        self.parameters = inspect.signature(pipeline.__call__).parameters
+        self._scheduler = scheduler  # as it was loaded; a run gets one made of its settings
+
+    def unload(self) -> None:
+        del self.pipeline, self._scheduler
+        release_memory()
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The part that runs at each step."""
+        parts = self.pipeline.components
+        module: torch.nn.Module = parts.get("unet") or parts["transformer"]
+        return module
+
+    def _learned(self) -> list[torch.nn.Module]:
+        """The denoiser and the text encoders: nearly all of a pipeline's weights."""
+        parts = self.pipeline.components
+        encoders = [parts[name] for name in parts if name.startswith("text_encoder")]
+        return [self.denoiser, *(encoder for encoder in encoders if encoder is not None)]
+
+    def applied(self, options: dict[str, Any], name: str) -> Any:
+        """An option's value, the pipeline's own where it is left to it; None if it has none."""
+        if options.get(name) is not None or name not in self.parameters:
+            return options.get(name)
+        default = self.parameters[name].default
+        return None if default is inspect.Parameter.empty else default
+
+    def use_scheduler(self, name: str | None) -> None:
+        """Give the pipeline a scheduler without a past; raises ``InvalidRequest``."""
+        wanted = {
+            known: scheduler
+            for scheduler in self._scheduler.compatibles
+            for known, class_name in SCHEDULERS.items()
+            if scheduler.__name__ == class_name
+        }
+        if name is not None and name not in wanted:
+            takes = f"it takes {', '.join(sorted(wanted))}" if wanted else "it takes its own only"
+            fault = f"is {name!r}, which does not suit this model; {takes}"
+            raise InvalidRequest.of({"options.scheduler": fault})
+        scheduler = wanted[name] if name is not None else type(self._scheduler)
+        self.pipeline.scheduler = scheduler.from_config(self._scheduler.config)
+
+    def own_scheduler(self) -> str | None:
+        """The name of the checkpoint's own scheduler, where it has one here."""
+        own = type(self._scheduler).__name__
+        return next((name for name, class_name in SCHEDULERS.items() if class_name == own), None)
+
+    def steps(self, batch: Batch, *, before: int, of: int) -> dict[str, Any]:
+        """The keywords that let a run report its steps, and end it once nobody waits.
+
+        ``before`` of its ``of`` equal runs are done.
+        """
+
+        def step(index: int) -> None:
+            total = getattr(self.pipeline, "num_timesteps", None) or index + 1
+            batch.progress(before * total + index + 1, of * total)
+            if batch.abandoned():
+                raise DeadlineExceeded("Nobody waited for the answer any more.")
+
+        def on_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            step(index)
+            return tensors
+
+        if "callback_on_step_end" in self.parameters:
+            return {"callback_on_step_end": on_step_end}
+        if "callback" in self.parameters:  # as older pipelines say it
+            return {"callback": lambda index, *_: step(index)}
+        return {}
+
+
+def _import_quietly() -> Any:
+    """diffusers, without what it says about packages that are not there, and about prompts.
+
+    Where a prompt is cut it would write the cut text into the log.
+    """
+    import transformers
+
+    quiet()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    importlib.import_module("diffusers.pipelines.auto_pipeline")
+    transformers.utils.logging.set_verbosity(level)
+    return diffusers
+
+
+def _pick_dtype(wanted: str, device: str) -> torch.dtype:
+    """As ``pick_dtype``, but diffusers knows no ``auto``, and would load float32 everywhere."""
+    import torch
+
+    dtype = pick_dtype(wanted, device)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return torch.float32 if device == "cpu" else torch.float16

@@ -1,0 +1,136 @@
+"""What a call's body may be, and what its answer: JSON, a form with files, bare bytes."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+from flask import Response, current_app, request
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from backend.errors import InvalidRequest, NotAcceptable, PayloadTooLarge, UnsupportedMediaType
+from backend.media.parts import Media, Upload
+from backend.registry import ModelSpec
+from backend.tasks import TASKS
+
+JSON = "application/json"
+MAX_FORM_PARTS = 100
+HEADER_TEXT = 200  # characters of one option's text in X-Crane-Metadata
+
+
+def request_body() -> Any:
+    """The request's JSON or form; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
+    if request.is_json:
+        return json_of(request.get_data(), "body")
+    if request.mimetype == "multipart/form-data":
+        return form_body()
+    sent = request.mimetype[:100] or "none"
+    raise UnsupportedMediaType(
+        "Send the body as Content-Type: application/json, or files as multipart/form-data; "
+        f"this one's is {sent}."
+    )
+
+
+def json_of(data: bytes | str, at: str) -> Any:
+    try:
+        # Strict: no NaN, no bad UTF-8, no lone surrogates, no endless nesting.
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest.of({at: f"is not valid JSON: {error}"}) from None
+
+
+def form_body() -> dict[str, Any]:
+    """The form's parts as the JSON body they stand for.
+
+    ``model_id`` and ``input.…`` are text, ``input.…`` or ``input`` may be files, ``options`` is
+    JSON. ``input`` by itself is text; where there are ``input.…`` too, it is the JSON object that
+    they are put into. Raises ``InvalidRequest``.
+    """
+    parts: dict[str, Any] = {}
+    faults: dict[str, str] = {}
+    for name, value in form_parts():
+        if name in parts:
+            faults[name] = "is there twice; send a batch as JSON"
+        elif name not in ("model_id", "input", "options") and not re.fullmatch(r"input\.\w+", name):
+            faults[name] = "is not a part that is known here: model_id, input, input.… or options"
+        parts[name] = value
+    if faults:
+        raise InvalidRequest.of(faults)
+    body: dict[str, Any] = {name: parts[name] for name in ("model_id", "input") if name in parts}
+    if "options" in parts:
+        body["options"] = json_part(parts["options"], "options")
+    if inside := {name: parts[name] for name in parts if name.startswith("input.")}:
+        body["input"] = json_part(body.get("input", "{}"), "input")
+        if type(body["input"]) is not dict:
+            fault = "must be a JSON object where there are input.… parts too"
+            raise InvalidRequest.of({"input": fault})
+        body["input"] |= {name.removeprefix("input."): part for name, part in inside.items()}
+    return body
+
+
+def json_part(part: str | Upload, at: str) -> Any:
+    return json_of(part.data if isinstance(part, Upload) else part, at)
+
+
+def form_parts() -> Iterator[tuple[str, str | Upload]]:
+    if "boundary" not in request.mimetype_params:
+        raise InvalidRequest.of({"body": "is multipart/form-data without a boundary"})
+    try:
+        yield from request.form.items(multi=True)
+    except RequestEntityTooLarge:
+        most = current_app.config["MAX_CONTENT_LENGTH"]
+        raise PayloadTooLarge(
+            f"The form is larger than {most} bytes or has more than {MAX_FORM_PARTS} parts."
+        ) from None
+    for name, file in request.files.items(multi=True):
+        with file.stream:
+            yield name, Upload(file.stream.read(), file.mimetype or None)
+
+
+def wanted_format(spec: ModelSpec, options: Any) -> str | None:
+    """The ``format`` of an output that is to be sent as bare bytes; None for the usual JSON.
+
+    Raises ``NotAcceptable`` where the Accept header leaves out all that there is.
+    """
+    accepted = request.accept_mimetypes
+    formats = TASKS[spec.type].formats
+    best = accepted.best_match([JSON, *formats.values()]) if accepted else JSON
+    if best is None:
+        offered = ", ".join([JSON, *formats.values()])
+        raise NotAcceptable(f"The answer is {offered}, which the Accept header leaves out.")
+    if best == JSON:
+        return None
+    given = options.get("format") if type(options) is dict else None
+    if given is not None:
+        if type(given) is str and given in formats and not accepted.quality(formats[given]):
+            raise NotAcceptable(
+                f"options.format is {given}, and the Accept header leaves out {formats[given]}."
+            )
+        return str(given)
+    own = spec.options_schema.fields["format"].load_default
+    # The model's own first: of formats that are as welcome, the first is taken.
+    names = {formats[name]: name for name in sorted(formats, key=lambda name: name != own)}
+    return names[accepted.best_match(names) or best]
+
+
+def bare(output: Media, metadata: dict[str, Any]) -> Response:
+    """An output as it is, with its receipt in a header."""
+    extension = mimetypes.guess_extension(output.mime_type) or ""
+    response = Response(output.data, mimetype=output.mime_type)
+    name = f"{metadata['model_id']}{extension}"
+    response.headers["Content-Disposition"] = f'inline; filename="{name}"'
+    response.headers["X-Crane-Metadata"] = header_of(metadata)
+    return response
+
+
+def header_of(metadata: dict[str, Any]) -> str:
+    """A receipt as one ASCII line; long texts in it are cut, for a header has a few kilobytes."""
+    options = dict(metadata["options"])
+    for name, value in options.items():
+        if isinstance(value, str) and len(value) > HEADER_TEXT:
+            options[name] = f"{value[:HEADER_TEXT]}…"
+    return json.dumps({**metadata, "options": options}, separators=(",", ":"))

@@ -1,0 +1,213 @@
+"""Pictures out: drawn from a text, made of another picture, repainted where a mask says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from marshmallow import ValidationError, validates_schema
+
+from backend.media.images import IMAGE_FORMATS, encode_image
+from backend.media.parts import ImageField, Media
+from backend.schemas import (
+    Boolean,
+    Choice,
+    Integer,
+    Number,
+    ObjectOf,
+    StrictField,
+    StrictSchema,
+    Text,
+)
+from backend.tasks.base import MAX_SEED, Options, Task, about
+
+SCHEDULERS = [
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "pndm",
+    "unipc",
+]
+
+
+class ImageOptions(Options):
+    """Every picture model's options. What is not set is as the model's own pipeline has it."""
+
+    width = Integer(
+        low=8,
+        high=4096,
+        load_default=None,
+        allow_none=True,
+        metadata=about("in pixels, a multiple of 8; the model's own if not set"),
+    )
+    height = Integer(
+        low=8,
+        high=4096,
+        load_default=None,
+        allow_none=True,
+        metadata=about("in pixels, a multiple of 8; the model's own if not set"),
+    )
+    num_inference_steps = Integer(
+        low=1, high=200, load_default=None, allow_none=True, metadata=about("denoising steps")
+    )
+    guidance_scale = Number(
+        low=0.0,
+        high=50.0,
+        load_default=None,
+        allow_none=True,
+        metadata=about("how closely the prompt is followed"),
+    )
+    negative_prompt = Text(
+        blank=True,
+        load_default=None,
+        allow_none=True,
+        metadata=about("what the picture shall not have; an input's own goes before it"),
+    )
+    num_images = Integer(
+        low=1,
+        high=16,
+        load_default=1,
+        metadata=about("pictures for each input; above 1 the output is a list"),
+    )
+    scheduler = Choice(
+        SCHEDULERS,
+        load_default=None,
+        allow_none=True,
+        metadata=about("the denoising schedule; the model's own if not set"),
+    )
+    seed = Integer(
+        low=0,
+        high=MAX_SEED,
+        load_default=None,
+        allow_none=True,
+        metadata=about("draws repeat with it; picture i of a call uses seed + i"),
+    )
+    format = Choice(
+        list(IMAGE_FORMATS), load_default="png", metadata=about("how the pictures are written")
+    )
+    truncate = Boolean(
+        load_default=False,
+        metadata=about("cut a prompt that is longer than the model reads, instead of refusing it"),
+    )
+
+    @validates_schema
+    def _eighths(self, data: dict[str, Any], **kwargs: Any) -> None:
+        faults = {
+            name: [f"must be a multiple of 8, not {data[name]}"]
+            for name in ("width", "height")
+            if (data[name] or 0) % 8
+        }
+        if faults:
+            raise ValidationError(faults)
+
+
+class EditOptions(ImageOptions):
+    width = Integer(
+        low=8,
+        high=4096,
+        load_default=None,
+        allow_none=True,
+        metadata=about("in pixels, a multiple of 8; the input's own if not set"),
+    )
+    height = Integer(
+        low=8,
+        high=4096,
+        load_default=None,
+        allow_none=True,
+        metadata=about("in pixels, a multiple of 8; the input's own if not set"),
+    )
+    strength = Number(
+        low=0.01,
+        high=1.0,
+        load_default=None,
+        allow_none=True,
+        metadata=about("how much of the input is drawn anew; 1 is all of it"),
+    )
+
+
+class Prompt(StrictSchema):
+    prompt = Text(required=True)
+    negative_prompt = Text(blank=True, load_default=None, allow_none=True)
+
+
+class PromptField(StrictField):
+    """A prompt by itself, or an object with a prompt; either way loaded as the object."""
+
+    type_name = "string or object"
+    expected = "a prompt, or an object with a prompt"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.schema = Prompt()
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (str, dict)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if type(value) is str:
+            return {"prompt": Text().deserialize(value), "negative_prompt": None}
+        return self.schema.load(value)
+
+
+class EditInput(Prompt):
+    image = ImageField(required=True)
+
+
+class InpaintingInput(EditInput):
+    mask = ImageField(mode="L", required=True)
+
+
+def dump_images(pictures: list[Any], options: Mapping[str, Any]) -> Media | list[Media]:
+    """Pixels of each picture as files: one by itself, several as a list."""
+    files = [encode_image(pixels, options["format"]) for pixels in pictures]
+    return files[0] if len(files) == 1 else files
+
+
+_OUTPUT = 'the picture, {"mime_type", "data"}; with num_images above 1, a list'
+# 16 x 16 pixels, half of them red and half blue; and the mask of the red half.
+_PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEXIHh4eHshgjNd+AAAAEElEQVR42mNg+M/EwEA8"
+    "AgAw0gEe0P1L1QAAAABJRU5ErkJggg=="
+)
+_MASK = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQAAAAA3iMLMAAAAD0lEQVR42mP4z8DEQAICADHRAR4LC8lgAAAAAElFTkSu"
+    "QmCC"
+)
+
+TEXT_TO_IMAGE = Task(
+    name="text-to-image",
+    input=PromptField(),
+    options=ImageOptions,
+    output=_OUTPUT,
+    example=("A crane in the morning mist, watercolour.", {"seed": 7}),
+    formats=IMAGE_FORMATS,
+    dump=dump_images,
+)
+IMAGE_TO_IMAGE = Task(
+    name="image-to-image",
+    input=ObjectOf(EditInput),
+    options=EditOptions,
+    output=_OUTPUT,
+    example=(
+        {"prompt": "A lake under a red sky.", "image": _PICTURE},
+        {"width": 512, "height": 512, "strength": 0.6, "seed": 7},
+    ),
+    formats=IMAGE_FORMATS,
+    dump=dump_images,
+)
+INPAINTING = Task(
+    name="inpainting",
+    input=ObjectOf(InpaintingInput),
+    options=EditOptions,
+    output=_OUTPUT,
+    example=(
+        {"prompt": "A red sail.", "image": _PICTURE, "mask": _MASK},
+        {"width": 512, "height": 512, "seed": 7},
+    ),
+    formats=IMAGE_FORMATS,
+    dump=dump_images,
+)
