@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import socket
 import struct
+import threading
 import time
 import zlib
 from contextlib import ExitStack, suppress
@@ -250,6 +251,24 @@ def test_no_url_is_fetched_unless_a_host_is_allowed(editor, listener):
     url = f"https://127.0.0.1:{listener.getsockname()[1]}/x.png"
     fault = refused(edit(editor(media_hosts=()), url), "input.image")
     assert "CRANE_MEDIA_HOSTS" in fault
+
+
+def test_all_urls_of_a_call_share_its_time(editor, monkeypatch):
+    never = threading.Event()
+
+    def silent(*asked, **how):
+        never.wait(20)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    client = editor(request_timeout_s=0.5)
+    inputs = [{"prompt": "red", "image": f"https://{place}.example.com/"} for place in range(4)]
+    started = time.monotonic()
+    answer = run(client, "edit", inputs)
+    assert time.monotonic() - started < 1.5
+    never.set()
+    details = answer.json["error"]["details"]
+    assert details == {f"input[{place}].image": "took too long" for place in range(4)}
 
 
 @pytest.mark.parametrize("value", [5, None, True, ["x"], {"url": "x"}])

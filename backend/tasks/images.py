@@ -33,23 +33,16 @@ SCHEDULERS = [
 ]
 
 
+def _side() -> Integer:
+    what = "in pixels, a multiple of 8; if not set, as the picture that is sent or the model's own"
+    return Integer(low=8, high=4096, load_default=None, allow_none=True, metadata=about(what))
+
+
 class ImageOptions(Options):
     """Every picture model's options. What is not set is as the model's own pipeline has it."""
 
-    width = Integer(
-        low=8,
-        high=4096,
-        load_default=None,
-        allow_none=True,
-        metadata=about("in pixels, a multiple of 8; the model's own if not set"),
-    )
-    height = Integer(
-        low=8,
-        high=4096,
-        load_default=None,
-        allow_none=True,
-        metadata=about("in pixels, a multiple of 8; the model's own if not set"),
-    )
+    width = _side()
+    height = _side()
     num_inference_steps = Integer(
         low=1, high=200, load_default=None, allow_none=True, metadata=about("denoising steps")
     )
@@ -105,20 +98,6 @@ class ImageOptions(Options):
 
 
 class EditOptions(ImageOptions):
-    width = Integer(
-        low=8,
-        high=4096,
-        load_default=None,
-        allow_none=True,
-        metadata=about("in pixels, a multiple of 8; the input's own if not set"),
-    )
-    height = Integer(
-        low=8,
-        high=4096,
-        load_default=None,
-        allow_none=True,
-        metadata=about("in pixels, a multiple of 8; the input's own if not set"),
-    )
     strength = Number(
         low=0.01,
         high=1.0,
