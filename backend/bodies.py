@@ -53,10 +53,11 @@ def form_body() -> dict[str, Any]:
     parts: dict[str, Any] = {}
     faults: dict[str, str] = {}
     for name, value in form_parts():
+        at = name[:80]
         if name in parts:
-            faults[name] = "is there twice; send a batch as JSON"
+            faults[at] = "is there twice; send a batch as JSON"
         elif name not in ("model_id", "input", "options") and not re.fullmatch(r"input\.\w+", name):
-            faults[name] = "is not a part that is known here: model_id, input, input.… or options"
+            faults[at] = "is not a part that is known here: model_id, input, input.… or options"
         parts[name] = value
     if faults:
         raise InvalidRequest.of(faults)
