@@ -82,12 +82,31 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_what_is_new(gunicorn):
     assert server.process.wait(15) == 0
 
 
+def test_a_sigterm_to_every_process_still_finishes_what_is_in_flight(gunicorn):
+    server = gunicorn()
+    [call] = in_flight(server, input="in flight", options={"delay_ms": 2000})
+    for process in server.processes():  # as a service manager ends a whole unit
+        process.send_signal(signal.SIGTERM)
+    assert call.result(10)[1]["output"] == "in flight"
+    assert server.process.wait(15) == 0
+
+
+def test_a_killed_http_worker_frees_what_it_had_asked_for(gunicorn):
+    server = gunicorn(CRANE_REQUEST_TIMEOUT="60s")
+    [call] = in_flight(server, options={"delay_ms": 50_000})
+    server.http_workers()[0].kill()
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        call.result(10)
+    assert server.run(input="next", timeout_s=15)[1]["output"] == "next"
+
+
 def test_a_ctrl_c_to_the_whole_group_leaves_nothing_behind(gunicorn):
     server = gunicorn()
     server.run()
     os.killpg(server.process.pid, signal.SIGINT)
     server.process.wait(15)
     server.stop()
+    assert list((server.output.with_suffix("") / "run").iterdir()) == []
 
 
 def test_a_killed_engine_is_a_503_at_once_and_the_service_comes_back(gunicorn):
