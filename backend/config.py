@@ -129,6 +129,7 @@ class Config:
     max_text: int = _setting("MAX_TEXT", whole(1, 100_000_000), 1_000_000)
     data_dir: Path = _setting("DATA_DIR", path, Path(".crane"))
     max_pixels: int = _setting("MAX_PIXELS", whole(1, 500_000_000), 2**25)
+    max_audio_s: float = _setting("MAX_AUDIO", duration, 1800.0)
     media_hosts: tuple[str, ...] = _setting("MEDIA_HOSTS", media_hosts, ())
     allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
     log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")

@@ -51,6 +51,7 @@ SETTINGS = {field.metadata["name"]: field for field in fields(Config)}
         ("MAX_BATCH", "1", 1),
         ("MAX_TEXT", "5000", 5000),
         ("MAX_PIXELS", "1000000", 1_000_000),
+        ("MAX_AUDIO", "10m", 600.0),
         (
             "MEDIA_HOSTS",
             "Img.example.com, *.example.org:8443",
@@ -112,6 +113,7 @@ def test_a_good_value_is_taken(name, text, value):
         ("MAX_BATCH", "0", "must be a whole number from 1 to 100000"),
         ("MAX_TEXT", "1000000000", "must be a whole number from 1 to 100000000"),
         ("MAX_PIXELS", "10MP", "must be a whole number from 1 to 500000000"),
+        ("MAX_AUDIO", "2d", "must be a duration above 0 and up to 24h"),
         ("MEDIA_HOSTS", "https://a.com", "is not a host such as images.example.com"),
         ("DATA_DIR", " ", "must be a path, not empty"),
         ("ALLOWED_ORIGINS", "a.com", "'a.com' is not an origin such as https://app.example.com"),

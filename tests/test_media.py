@@ -17,7 +17,7 @@ from PIL import Image
 
 from backend.config import Config
 from backend.errors import Overloaded
-from backend.media.parts import Source
+from backend.media.parts import ImageField, Source
 from backend.media.reader import MediaReader
 from tests.checkpoints import checkpoint
 from tests.conftest import run
@@ -300,7 +300,7 @@ def test_every_fault_of_a_call_is_named(editor):
 
 def test_what_a_process_holds_is_bounded_and_given_back():
     reader = MediaReader(Config(max_pixels=4096))
-    source = Source(base64_of(PNG), "RGB")
+    source = Source(base64_of(PNG), ImageField())
     for _ in range(3):
         with ExitStack() as held:
             for _ in range(8):
@@ -329,7 +329,7 @@ def pixels_of(image):
     """What the service makes of a picture."""
     reader = MediaReader(Config())
     with reader.reading() as reading:
-        return reading.read(Source(base64_of(image), "RGB"), "input")
+        return reading.read(Source(base64_of(image), ImageField()), "input")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -415,5 +415,5 @@ def test_a_data_url_may_be_spelled_as_the_standard_allows():
     data = base64.b64encode(PNG).decode()
     for head in ("data:image/PNG;base64,", "DATA:;base64,", "data:image/png;x=y;base64,"):
         with MediaReader(Config()).reading() as reading:
-            pixels = reading.read(Source(head + data, "RGB"), "input")
+            pixels = reading.read(Source(head + data, ImageField()), "input")
         assert pixels.shape == (64, 64, 3)

@@ -14,9 +14,18 @@ from urllib.parse import unquote_to_bytes
 from backend.config import Config
 from backend.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from backend.media import Refused
+from backend.media.audio import decode_audio
 from backend.media.fetch import fetch
 from backend.media.images import decode_image
-from backend.media.parts import Source, Upload
+from backend.media.parts import (
+    AudioField,
+    ImageField,
+    MediaField,
+    Source,
+    Upload,
+    VideoField,
+)
+from backend.media.video import decode_video
 
 FETCH_TIMEOUT_S = 10.0  # for all URLs of a call together
 CALLS_OF_MOST_PIXELS = 8  # how many of the largest calls a process holds at once
@@ -27,31 +36,31 @@ class MediaReader:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._pixels_left = CALLS_OF_MOST_PIXELS * config.max_pixels
+        self._bytes_left = CALLS_OF_MOST_PIXELS * 3 * config.max_pixels
         self._lock = threading.Lock()  # so that the bound holds when many calls come at once
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:
-        """Read one call's media; its pixels count until the block ends."""
+        """Read one call's media; what it holds is counted until the block ends."""
         reading = Reading(self)
         try:
             yield reading
         finally:
-            self.give_back(reading.pixels)
+            self.give_back(reading.bytes)
 
-    def take(self, pixels: int) -> None:
-        """Count pixels that are about to be decoded; raises ``Overloaded``."""
+    def take(self, size: int) -> None:
+        """Count bytes that are about to be decoded; raises ``Overloaded``."""
         with self._lock:
-            if pixels > self._pixels_left:
+            if size > self._bytes_left:
                 raise Overloaded(
-                    "This worker holds as many pictures as it may; try again in 1 s.",
+                    "This worker holds as many pictures and sounds as it may; try again in 1 s.",
                     retry_after_s=1,
                 )
-            self._pixels_left -= pixels
+            self._bytes_left -= size
 
-    def give_back(self, pixels: int) -> None:
+    def give_back(self, size: int) -> None:
         with self._lock:
-            self._pixels_left += pixels
+            self._bytes_left += size
 
 
 class Reading:
@@ -60,7 +69,9 @@ class Reading:
     def __init__(self, reader: MediaReader) -> None:
         self._reader = reader
         self.fetching_s = 0.0
-        self.pixels = 0
+        self.bytes = 0
+        self._pixels = 0
+        self._seconds = 0.0
 
     def read(self, value: Any, at: str) -> Any:
         """``value`` with every ``Source`` in it read.
@@ -86,20 +97,49 @@ class Reading:
         if type(value) is not Source:
             return value
         try:
-            data, mime_type = self._bytes(value.given)
-            return decode_image(data, mode=value.mode, mime_type=mime_type, claim=self._claim)
+            return self._decode(value.field, *self._bytes(value.given))
         except Refused as refused:
             faults[at] = refused
 
-    def _claim(self, pixels: int) -> None:
+    def _decode(self, field: MediaField, data: bytes, mime_type: str | None) -> Any:
+        if isinstance(field, AudioField):
+            return decode_audio(
+                data, rate=field.rate, mime_type=mime_type, claim=self.claim_samples
+            )
+        if isinstance(field, VideoField):
+            return decode_video(
+                data, max_frames=field.max_frames, mime_type=mime_type, claim=self.claim_pixels
+            )
+        assert isinstance(field, ImageField)
+        return decode_image(data, mode=field.mode, mime_type=mime_type, claim=self.claim_pixels)
+
+    def claim_pixels(self, pixels: int) -> None:
+        """Count pixels that are about to be decoded; raises ``Refused``, ``Overloaded``."""
         most = self._reader.config.max_pixels
-        if self.pixels + pixels > most:
-            so_far = f" after {self.pixels} in this call" if self.pixels else ""
+        if self._pixels + pixels > most:
+            so_far = f" after {self._pixels} in this call" if self._pixels else ""
             raise Refused(
                 f"has {pixels} pixels{so_far}; at most {most} are allowed in a call", too_large=True
             )
-        self._reader.take(pixels)
-        self.pixels += pixels
+        self._take(3 * pixels)
+        self._pixels += pixels
+
+    def claim_samples(self, samples: int, rate: int) -> None:
+        """Count float32 samples that are about to be decoded; likewise."""
+        most = self._reader.config.max_audio_s
+        seconds = samples / rate
+        if self._seconds + seconds > most:
+            so_far = f" after {self._seconds:.1f} s in this call" if self._seconds else ""
+            raise Refused(
+                f"lasts {seconds:.1f} s or more{so_far}; at most {most:g} s are allowed in a call",
+                too_large=True,
+            )
+        self._take(4 * samples)
+        self._seconds += seconds
+
+    def _take(self, size: int) -> None:
+        self._reader.take(size)
+        self.bytes += size
 
     def _bytes(self, given: str | Upload) -> tuple[bytes, str | None]:
         """The media themselves, and what they are called, if anything."""
