@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mimetypes
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -120,9 +119,8 @@ def wanted_format(spec: ModelSpec, options: Any) -> str | None:
 
 def bare(output: Media, metadata: dict[str, Any]) -> Response:
     """An output as it is, with its receipt in a header."""
-    extension = mimetypes.guess_extension(output.mime_type) or ""
     response = Response(output.data, mimetype=output.mime_type)
-    name = f"{metadata['model_id']}{extension}"
+    name = f"{metadata['model_id']}.{metadata['options']['format']}"
     response.headers["Content-Disposition"] = f'inline; filename="{name}"'
     response.headers["X-Crane-Metadata"] = header_of(metadata)
     return response

@@ -135,6 +135,25 @@ def test_32_first_calls_at_once_load_a_model_once(make_app, add_task):
     assert again.json["metadata"]["timings_ms"]["load"] == 0
 
 
+def test_models_of_a_library_load_one_after_another(make_app, add_task):
+    inside, most = [], []
+
+    class OfALibrary(Echo):
+        loads_alone = True
+
+        def load(self):
+            inside.append(self)
+            time.sleep(0.2)
+            most.append(len(inside))
+            inside.remove(self)
+            super().load()
+
+    app = make_app([add_task(f"loads-{number}", OfALibrary) for number in range(3)])
+    answers = at_once(3, lambda i: run(app.test_client(), f"loads-{i}"))
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert most == [1, 1, 1]
+
+
 def test_load_predict_and_unload_all_happen_in_one_thread(make_app, add_task):
     seen = []
 

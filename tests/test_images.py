@@ -473,7 +473,7 @@ def test_the_steps_of_a_run_are_told_while_it_runs(make_app, checkpoint):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_call_that_nobody_waits_for_stops_at_the_next_step(make_app, checkpoint, family, caplog):
+def test_a_call_that_nobody_waits_for_stops_at_the_next_step(make_app, checkpoint, family, capsys):
     app = make_app([entry(checkpoint, family)], request_timeout_s=1.0)
     client = app.test_client()
     quick = {"num_inference_steps": 1, **SIDES}
@@ -496,7 +496,7 @@ def test_a_call_that_nobody_waits_for_stops_at_the_next_step(make_app, checkpoin
     if answered is not None and "step" in answered:
         assert last["step"] <= answered["step"] + 1
         assert last["step"] < 150
-    assert "failed a batch" not in caplog.text
+    assert "failed a batch" not in capsys.readouterr().err
 
 
 def test_a_neighbour_who_leaves_changes_nothing_for_who_stays(make_app, checkpoint, direct):

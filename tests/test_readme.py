@@ -283,7 +283,15 @@ def test_the_table_of_the_receipt_has_every_key_that_is_answered(shipped):
     told = {name for keys, _ in rows("key", "is") for name in re.findall(r"`(\w+)`", keys)}
     answered = shipped.run()[1]["metadata"]
     assert set(answered) <= told
-    assert told - set(answered) == {"seed", "finish_reason", "truncated", "flagged"}
+    assert told - set(answered) == {
+        "seed",
+        "finish_reason",
+        "language",
+        "min_depth",
+        "max_depth",
+        "truncated",
+        "flagged",
+    }
 
 
 def test_a_request_is_logged_as_shown(shipped):

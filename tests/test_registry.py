@@ -210,7 +210,7 @@ def validator():
             3,
             "models[0].type 'summarisation' is not a task; did you mean 'summarization'?",
         ),
-        ("id: a\n  type: zzz\n  hf_model: o/n", 3, "'zzz' is not a task; it is one of: chat, "),
+        ("id: a\n  type: zzz\n  hf_model: o/n", 3, "'zzz' is not a task; it is one of: audio-"),
         ("id: a\n  type: chat", 2, "models[0].hf_model is missing: a Hub id or a local folder"),
         ("id: a\n  type: chat\n  hf_model:", 4, "hf_model must be a string, not null"),
         ("id: a\n  type: chat\n  hf_model: ''", 4, "models[0].hf_model must not be empty"),

@@ -58,6 +58,8 @@ class Adapter(ABC):
     # Whether batches in half precision on a CPU leave a core to each HTTP worker; see Worker.
     spares_cores: ClassVar[bool] = True
 
+    # Whether nothing else may load meanwhile in this process; see Worker.
+    loads_alone: ClassVar[bool] = True
     # What an entry's `memory` and `compile` may ask of this adapter.
     memory_ways: ClassVar[frozenset[str]] = frozenset()
 

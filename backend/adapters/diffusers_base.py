@@ -7,6 +7,9 @@ import inspect
 import json
 import logging
 import os
+from collections.abc import Callable
+from functools import wraps
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,6 +64,7 @@ class DiffusersAdapter(Adapter):
         pipeline = getattr(diffusers, self.auto_class).from_pretrained(
             folder, dtype=dtype, **kwargs
         )
+        pipeline = self.suited(pipeline)
         self._settle(pipeline, pipeline.scheduler)
         quantize(self._learned(), self.spec.memory, self.device)
         self.dtype = dtype_name(dtype, self.spec.memory)
@@ -71,6 +75,13 @@ class DiffusersAdapter(Adapter):
             pipeline.to(self.device)
         if self.spec.compile:
             compile_module(self.denoiser, self.device)
+
+    def suited(self, pipeline: Any) -> Any:
+        """The pipeline that does the task with what a checkpoint's own was loaded with.
+
+        Raises ``ModelUnavailable`` where there is none.
+        """
+        return pipeline
 
     def load_beside(self, loaded: Adapter) -> None:
         import diffusers
@@ -104,10 +115,13 @@ class DiffusersAdapter(Adapter):
         return module
 
     def _learned(self) -> list[torch.nn.Module]:
-        """The denoiser and the text encoders: nearly all of a pipeline's weights."""
+        """The denoisers and the text encoders: nearly all of a pipeline's weights."""
         parts = self.pipeline.components
-        encoders = [parts[name] for name in parts if name.startswith("text_encoder")]
-        return [self.denoiser, *(encoder for encoder in encoders if encoder is not None)]
+        # Some have a second denoiser, for the last steps.
+        others = [
+            parts[name] for name in parts if name.startswith(("text_encoder", "transformer_"))
+        ]
+        return [self.denoiser, *(other for other in others if other is not None)]
 
     def applied(self, options: dict[str, Any], name: str) -> Any:
         """An option's value, the pipeline's own where it is left to it; None if it has none."""
@@ -143,7 +157,8 @@ class DiffusersAdapter(Adapter):
         """
 
         def step(index: int) -> None:
-            total = getattr(self.pipeline, "num_timesteps", None) or index + 1
+            total = getattr(self.pipeline, "num_timesteps", None)
+            total = total or len(self.pipeline.scheduler.timesteps)
             batch.progress(before * total + index + 1, of * total)
             if batch.abandoned():
                 raise DeadlineExceeded("Nobody waited for the answer any more.")
@@ -156,7 +171,22 @@ class DiffusersAdapter(Adapter):
             return {"callback_on_step_end": on_step_end}
         if "callback" in self.parameters:  # as older pipelines say it
             return {"callback": lambda index, *_: step(index)}
+        self._watch_scheduler(step)
         return {}
+
+    def _watch_scheduler(self, step: Callable[[int], None]) -> None:
+        """Tell of the steps of a pipeline that has no word for it, by those of its scheduler."""
+        scheduler = self.pipeline.scheduler
+        own = type(scheduler).step.__get__(scheduler)
+        indices = count()
+
+        @wraps(own)  # pipelines look at what it takes
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            step(next(indices))
+            return result
+
+        scheduler.step = watched
 
 
 def _import_quietly() -> Any:

@@ -9,6 +9,8 @@ from backend.errors import CraneError
 
 
 class Echo(Adapter):
+    loads_alone = False
+
     def load(self) -> None:
         self.device, self.dtype = "cpu", "none"
 

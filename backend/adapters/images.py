@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from backend.adapters.base import Batch, Prediction
-from backend.adapters.diffusers_base import DiffusersAdapter
+from backend.adapters.prompts import PromptedAdapter
 from backend.errors import CraneError, InvalidRequest
 from backend.tasks.base import MAX_SEED
 
@@ -32,7 +32,7 @@ class Picture:
     media: dict[str, Any] = field(default_factory=dict)  # Pillow's images, by the pipeline's names
 
 
-class ImageGenerator(DiffusersAdapter):
+class ImageGenerator(PromptedAdapter):
     """Draws pictures from texts."""
 
     auto_class = "AutoPipelineForText2Image"
@@ -78,11 +78,7 @@ class ImageGenerator(DiffusersAdapter):
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse what this pipeline cannot be asked; raises ``InvalidRequest``."""
-        faults = {
-            f"options.{name}": "is not something this model can be asked"
-            for name in _PASSED
-            if options.get(name) is not None and not self._takes(name)
-        }
+        faults = self.not_taken(options, _PASSED)
         strength, steps = (self.applied(options, n) for n in ("strength", "num_inference_steps"))
         if strength is not None and steps is not None and int(steps * strength) < 1:
             faults["options.strength"] = (
@@ -97,12 +93,6 @@ class ImageGenerator(DiffusersAdapter):
         if faults:
             raise InvalidRequest.of(faults)
 
-    def _takes(self, name: str) -> bool:
-        if name == "negative_prompt" and "true_cfg_scale" in self.parameters:
-            # FLUX takes one and ignores it, as its own guidance is distilled into the weights.
-            return bool(self.parameters["true_cfg_scale"].default > 1)
-        return name in self.parameters
-
     def _multiple(self) -> int:
         """What a picture's sides are multiples of: a transformer's patch is 2 x 2 latents."""
         factor = int(getattr(self.pipeline, "vae_scale_factor", 8))
@@ -111,14 +101,7 @@ class ImageGenerator(DiffusersAdapter):
     def _pictures(self, place: int, value: dict[str, Any], batch: Batch) -> list[Picture]:
         """What to make of an input; raises ``InvalidRequest``."""
         options = batch.options
-        at = "input" if value["negative_prompt"] is not None else "options"
-        negative = (value if at == "input" else options)["negative_prompt"]
-        if negative is not None and not self._takes("negative_prompt"):
-            fault = "is not something this model can be asked"
-            raise InvalidRequest.of({f"{at}.negative_prompt": fault})
-        if not options["truncate"]:
-            self._check_length("input.prompt", value["prompt"])
-            self._check_length(f"{at}.negative_prompt", negative or "")
+        negative = self.negative_prompt(value, options)
         width, height, media = self._prepare(value, options)
         return [
             Picture(
@@ -132,21 +115,6 @@ class ImageGenerator(DiffusersAdapter):
             )
             for number in range(options["num_images"])
         ]
-
-    def _check_length(self, at: str, text: str) -> None:
-        """Refuse a text that no encoder of the model reads to its end."""
-        lengths = []
-        for name, tokenizer in self.pipeline.components.items():
-            if not name.startswith("tokenizer") or tokenizer is None:
-                continue
-            window = tokenizer.model_max_length
-            if "CLIP" not in type(tokenizer).__name__ and "max_sequence_length" in self.parameters:
-                window = self.parameters["max_sequence_length"].default
-            lengths.append((window, len(tokenizer(text, verbose=False)["input_ids"])))
-        window, tokens = max(lengths, default=(0, 0))
-        if tokens > window:
-            fault = f"has {tokens} tokens and the model reads {window}; "
-            raise InvalidRequest.of({at: f"{fault}shorten it, or set options.truncate to true"})
 
     def _prepare(
         self, value: dict[str, Any], options: dict[str, Any]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
@@ -19,6 +20,11 @@ logger = logging.getLogger("crane.engine")
 # A run of MiniLM costs 5 ms before its first token, and 20 to 60 µs for each: as much as 80 to 250
 # tokens on a CPU. A GPU takes more tokens in that time, a larger model fewer.
 RUN_COSTS_TOKENS = 128
+
+
+# transformers' from_pretrained changes functions of the process while it works and puts back what
+# it found: two at once may leave them changed for good, and then nothing loads any more.
+_LOADING = threading.Lock()
 
 
 class Worker:
@@ -127,7 +133,8 @@ class Worker:
         started = time.monotonic()
         try:
             self._adapter.check_entry()
-            self._adapter.load()
+            with _LOADING if self._adapter.loads_alone else nullcontext():
+                self._adapter.load()
         except BaseException as error:
             logger.exception("%s did not load", self.model_id)
             self.retry_at = time.monotonic() + self._retry_after_s

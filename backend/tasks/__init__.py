@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from backend.tasks.base import Options, Task
 from backend.tasks.echo import ECHO
+from backend.tasks.generic import GENERIC
 from backend.tasks.images import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
+from backend.tasks.recognition import AUTOMATIC_SPEECH_RECOGNITION
+from backend.tasks.speech import TEXT_TO_AUDIO, TEXT_TO_SPEECH
 from backend.tasks.text import (
     CHAT,
     SUMMARIZATION,
@@ -12,6 +15,7 @@ from backend.tasks.text import (
     TEXT_GENERATION,
     TRANSLATION,
 )
+from backend.tasks.three_d import TEXT_TO_3D
 from backend.tasks.understanding import (
     EMBEDDINGS,
     FILL_MASK,
@@ -20,6 +24,19 @@ from backend.tasks.understanding import (
     TEXT_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
     ZERO_SHOT_CLASSIFICATION,
+)
+from backend.tasks.videos import IMAGE_TO_VIDEO, TEXT_TO_VIDEO
+from backend.tasks.vision import (
+    DEPTH_ESTIMATION,
+    IMAGE_CLASSIFICATION,
+    IMAGE_SEGMENTATION,
+    OBJECT_DETECTION,
+    ZERO_SHOT_IMAGE_CLASSIFICATION,
+)
+from backend.tasks.vision_text import (
+    IMAGE_TEXT_TO_TEXT,
+    IMAGE_TO_TEXT,
+    VISUAL_QUESTION_ANSWERING,
 )
 
 __all__ = ["TASKS", "Options", "Task"]
@@ -43,5 +60,20 @@ TASKS: dict[str, Task] = {
         TEXT_TO_IMAGE,
         IMAGE_TO_IMAGE,
         INPAINTING,
+        TEXT_TO_VIDEO,
+        IMAGE_TO_VIDEO,
+        TEXT_TO_3D,
+        TEXT_TO_SPEECH,
+        TEXT_TO_AUDIO,
+        AUTOMATIC_SPEECH_RECOGNITION,
+        IMAGE_CLASSIFICATION,
+        ZERO_SHOT_IMAGE_CLASSIFICATION,
+        OBJECT_DETECTION,
+        IMAGE_SEGMENTATION,
+        DEPTH_ESTIMATION,
+        IMAGE_TO_TEXT,
+        IMAGE_TEXT_TO_TEXT,
+        VISUAL_QUESTION_ANSWERING,
+        *GENERIC,
     )
 }

@@ -1,0 +1,97 @@
+"""Any pipeline of transformers, for the tasks of ``backend.tasks.generic``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.generic_calls import CALLS
+from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.memory import dtype_name, quantize
+from backend.adapters.plain import plain
+from backend.adapters.transformers_base import quiet
+from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
+
+
+class GenericPipeline(Adapter):
+    """Builds the pipeline that is called like the entry's type, and asks it for each input.
+
+    One by one: pipelines that run several inputs together pad them, and few models give the same
+    numbers then.
+    """
+
+    memory_ways = frozenset(("quantize",))
+
+    def load(self) -> None:
+        import transformers
+
+        quiet()
+        call = CALLS[self.spec.type]
+        if missing := _missing(call.needs):
+            raise ModelUnavailable(f"It needs {missing}, which is not installed here.")
+        weights, revision = find_weights(self.spec)
+        self.device = pick_device(self.device)
+        kwargs = dict(self.spec.load_kwargs)
+        trust = {"trust_remote_code": kwargs.pop("trust_remote_code", None)}
+        # A device map in the entry's `load` places the model by itself.
+        device = {} if "device_map" in kwargs else {"device": self.device}
+        dtype = pick_dtype(self.dtype, self.device)
+        try:
+            self.pipeline = transformers.pipeline(
+                self.spec.type,
+                model=weights,
+                dtype=dtype,
+                model_kwargs=kwargs,
+                **revision,
+                **trust,
+                **device,
+            )
+        except (ImportError, ValueError) as error:
+            said = str(error).lower()
+            named = tuple(name for name in call.may_need if name in said)
+            if missing := _missing(named):
+                why = f"It needs {missing}, which is not installed here."
+                raise ModelUnavailable(why) from error
+            raise
+        model = self.pipeline.model
+        quantize([model], self.spec.memory, self.device)
+        model.eval()
+        model.register_forward_pre_hook(self._stop_if_cancelled)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.do_sample = False  # numbers are drawn for all callers in turn
+        self.dtype = dtype_name(model.dtype, self.spec.memory)
+        self.revision = getattr(model.config, "_commit_hash", None) or self.spec.revision
+
+    def unload(self) -> None:
+        del self.pipeline
+        release_memory()
+
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
+        return 1  # nothing is padded
+
+    def predict(self, batch: Batch) -> list[Prediction | CraneError]:
+        results = []
+        for place in range(len(batch)):
+            results.append(self._answer(batch, place))
+            batch.progress(place + 1, len(batch))
+        return results
+
+    def _answer(self, batch: Batch, place: int) -> Prediction | CraneError:
+        self._cancelled: Callable[[], bool] = lambda: batch.cancelled(place)
+        try:
+            self._stop_if_cancelled()
+            ask = CALLS[self.spec.type].ask
+            output, facts = ask(self.pipeline, batch.inputs[place], batch.options)
+        except (InvalidRequest, DeadlineExceeded) as error:
+            return error
+        return Prediction(plain(output), {"inputs": 1}, facts)
+
+    def _stop_if_cancelled(self, *_: Any) -> None:
+        if self._cancelled():
+            raise DeadlineExceeded("Nobody waited for the answer any more.")
+
+
+def _missing(packages: tuple[str, ...]) -> str:
+    return " and ".join(name for name in packages if importlib.util.find_spec(name) is None)

@@ -1,0 +1,175 @@
+"""Replies to messages with pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from backend.adapters.base import Batch, Prediction
+from backend.adapters.vision_base import as_picture, of_one_shape, stack
+from backend.adapters.vision_text import PICTURE_TOKENS, PictureWriter
+from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+
+logger = logging.getLogger("crane.adapters")
+
+
+class PictureChat(PictureWriter):
+    """A model with a chat template that has places for pictures."""
+
+    pads_left = True
+
+    def load(self) -> None:
+        super().load()
+        if not getattr(self.processor, "chat_template", None):
+            raise ModelUnavailable("It has no chat template, so it cannot read messages.")
+        # What stands in a prompt for a picture; a caller's own would have no picture to it.
+        named = {n: v for n, v in vars(self.processor).items() if n.endswith("_token")}
+        self._marks = sorted({mark for mark in named.values() if isinstance(mark, str) and mark})
+
+    def load_processor(self, weights: str, how: dict[str, Any]) -> Any:
+        import transformers
+
+        try:
+            return transformers.AutoProcessor.from_pretrained(weights, **how)
+        except ImportError:
+            # Some processors read films too, with torchvision, which is not needed for pictures.
+            return _without_films(self.model.config.model_type).from_pretrained(weights, **how)
+
+    def size(self, value: Any, options: Mapping[str, Any]) -> int:
+        parts = [part for message in value["messages"] for part in message["content"]]
+        return sum(
+            PICTURE_TOKENS if part["type"] == "image" else super(PictureChat, self).size(part, {})
+            for part in parts
+        )
+
+    def predict(self, batch: Batch) -> list[Prediction | CraneError]:
+        results: dict[int, Prediction | CraneError] = {}
+        features: dict[int, dict[str, Any]] = {}
+        for place, value in enumerate(batch.inputs):
+            try:
+                features[place] = self._features(value["messages"])
+            except InvalidRequest as error:
+                results[place] = error
+        texts = {place: _of_text(mine) for place, mine in features.items()}
+        seen = {
+            place: {name: one for name, one in mine.items() if name not in texts[place]}
+            for place, mine in features.items()
+        }
+        for places in of_one_shape(seen):
+            prompts = [texts[place]["input_ids"].shape[1] for place in places]
+            most = batch.options["max_tokens"]
+            inputs = stack([seen[place] for place in places], self.model)
+            padded = [self._pad(texts[place], max(prompts)) for place in places]
+            inputs |= stack(padded, self.model)
+            written = self.write(
+                inputs,
+                places,
+                batch,
+                prompts=prompts,
+                room=[min(most, (self.window or most + one) - one) for one in prompts],
+                start=max(prompts),
+            )
+            for place, prediction in zip(places, written, strict=True):
+                images = len(_pictures(batch.inputs[place]["messages"]))
+                prediction.usage = {**prediction.usage, "images": images}
+                results[place] = prediction
+        return [results[place] for place in range(len(batch))]
+
+    def _features(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the model reads of one conversation; raises ``InvalidRequest``."""
+        import jinja2
+
+        for at, part in _parts(messages):
+            if mark := next((mark for mark in self._marks if mark in part.get("text", "")), None):
+                fault = f"has {mark}, which this model reads as the place of a picture"
+                raise InvalidRequest.of({f"{at}.text": fault})
+        pictures = [as_picture(part["image"], f"{at}.image") for at, part in _pictures(messages)]
+        try:
+            features = self._encode(messages, pictures)
+        except jinja2.TemplateError as error:
+            # The model's own rule in its own words, such as "roles must alternate".
+            fault = f"do not suit this model: {error}"
+            raise InvalidRequest.of({"input.messages": fault}) from None
+        except ValueError:
+            logger.debug("a processor's refusal", exc_info=True)
+            self._encode(messages, [picture.resize((64, 64)) for picture in pictures])
+            fault = "have a picture of sides that this model cannot take"
+            raise InvalidRequest.of({"input.messages": fault}) from None
+        tokens = features["input_ids"].shape[1]
+        if self.window is not None and tokens >= self.window:
+            fault = f"have {tokens} tokens with their pictures, and the model's window is "
+            raise InvalidRequest.of({"input.messages": f"{fault}{self.window}; shorten them"})
+        return features
+
+    def _encode(self, messages: list[dict[str, Any]], pictures: list[Any]) -> dict[str, Any]:
+        left = iter(pictures)
+        conversation = [
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "image", "image": next(left)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
+        return dict(
+            self.processor.apply_chat_template(
+                conversation,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        )
+
+    def _pad(self, text: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """A text's features with padding before them."""
+        import torch
+
+        padding = {"input_ids": self.tokenizer.pad_token_id or 0}
+        return {
+            name: torch.nn.functional.pad(
+                one, (width - one.shape[1], 0), value=padding.get(name, 0)
+            )
+            for name, one in text.items()
+        }
+
+
+def _of_text(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Those features that have a column for each token."""
+    shape = features["input_ids"].shape
+    return {name: one for name, one in features.items() if one.shape == shape}
+
+
+def _parts(messages: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each part of a conversation and where it is."""
+    return [
+        (f"input.messages[{row}].content[{column}]", part)
+        for row, message in enumerate(messages)
+        for column, part in enumerate(message["content"])
+    ]
+
+
+def _pictures(messages: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(at, part) for at, part in _parts(messages) if part["type"] == "image"]
+
+
+def _without_films(kind: str) -> Any:
+    """The class of a model's processor, less what reads films."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    base: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[kind])
+
+    class WithoutFilms(base):  # type: ignore[misc]  # transformers is not typed
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, config: dict[str, Any], **kwargs: Any) -> Any:
+            return super().from_args_and_dict(args, config, **{**kwargs, "video_processor": None})
+
+    return WithoutFilms

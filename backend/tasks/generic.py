@@ -1,0 +1,202 @@
+"""Tasks that transformers has a pipeline for and that need no adapter of their own.
+
+Each is an entry of the table at the end; ``backend.adapters.generic`` serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from backend.media.images import encode_image
+from backend.media.parts import AudioField, ImageField, VideoField
+from backend.schemas import ObjectOf, Text
+from backend.tasks.base import Options, Task
+from backend.tasks.generic_inputs import (
+    DecisionInput,
+    DocumentInput,
+    DocumentOptions,
+    FindInput,
+    FindOptions,
+    ImageFeatureOptions,
+    ImagePair,
+    LabelOptions,
+    MaskOptions,
+    MatchOptions,
+    SoundLabelsInput,
+    SoundLabelsOptions,
+    SoundOptions,
+    TableInput,
+    TableOptions,
+    TextFeatureOptions,
+)
+
+# Tasks of transformers' pipelines that no model of this service can have, and why.
+NOT_SERVED = {
+    "any-to-any": "its input is a chat in the library's own form with any number of pictures, "
+    "sounds and films; chat and image-text-to-text take what of it can be said here",
+}
+
+
+def dump_generic(output: Any, options: Mapping[str, Any]) -> Any:
+    """Pictures and masks, which are the arrays of uint8, as PNG files."""
+    if isinstance(output, np.ndarray):
+        return encode_image(output, "png") if output.dtype == np.uint8 else output
+    if isinstance(output, dict):
+        return {key: dump_generic(value, options) for key, value in output.items()}
+    if isinstance(output, list):
+        return [dump_generic(value, options) for value in output]
+    return output
+
+
+# 16 x 16 pixels, half of them red and half blue.
+_PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEXIHh4eHshgjNd+AAAAEElEQVR42mNg+M/EwEA8"
+    "AgAw0gEe0P1L1QAAAABJRU5ErkJggg=="
+)
+# 30 ms of A above middle C: WAV, 8 bits, 8 kHz.
+_SOUND = (
+    "UklGRhQBAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YfAAAACAob/W4uLXwqSDYUIrHhwmO1h5m7rS4OPaxq"
+    "qJZ0cvHxwkN1JzlbXP3+Pcy7CPbU0yIRwhMk1tj7DL3OPfz7WVc1I3JBwfL0dniarG2uPg0rqbeVg7JhweK0Jhg6TC1+Li"
+    "1r+hf15AKR0dKD1bfJ691OHj2cSnhmRFLR8cJTlVdpi40ODj28itjGpKMCAcIzRPcJKyzd7k3s2yknBPNCMcIDBKaoytyN"
+    "vj4NC4mHZVOSUcHy1FZIanxNnj4dS9nnxbPSgdHSlAXoChv9bi4tfCpINhQiseHCY7WHmbutLg49rGqolnRy8fHCQ3UnOV"
+    "tc8="
+)
+# 1 s of 16 x 16 pixels, of which more and more are red: WebM, 4 frames.
+_FILM = (
+    "GkXfo59ChoEBQveBAULygQRC84EIQoKEd2VibUKHgQJChYECGFOAZwEAAAAAAAHSEU2bdLpNu4tTq4QVSalmU6yBoU27i1"
+    "OrhBZUrmtTrIHGTbuMU6uEElTDZ1OsggEJTbuMU6uEHFO7a1OsggG87AEAAAAAAABZAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAVSa"
+    "lmoCrXsYMPQkBNgIRMYXZmV0GETGF2ZkSJiECPQAAAAAAAFlSua76uAQAAAAAAADXXgQFzxYgAAAAAAAAAAZyBACK1nIN1"
+    "bmSIgQCGhVZfVlA5g4EBI+ODhA7msoDghrCBELqBEBJUw2e1c3OyY8CLY8WIAAAAAAAAAAFnyKFFo4hEVVJBVElPTkSHkz"
+    "AwOjAwOjAxLjAwMDAwMDAwMAAfQ7Z19OeBAKOvgQAAgIJJg0IAAPAA9gA4JBwY9gAAICAATIf/q/T9G0Zjrf6nhlXqUv97"
+    "CvxpNLCjlIEA+gCGAECSHABZAAADIAAAS6Amo5OBAfQAhgBAkpwAWAAAAyAAAEJAo5OBAu4AhgBAkhwAWQAAAyAAAEJAHF"
+    "O7a5G7j7OBALeK94EB8YIBQ/CBAw=="
+)
+_LABELS = 'the labels likeliest first, a list of {"label", "score"}'
+
+GENERIC = [
+    Task(
+        name=name,
+        input=input_,
+        options=options,
+        output=output,
+        example=example,
+        dump=dump_generic,
+    )
+    for name, input_, options, output, example in (
+        (
+            "audio-classification",
+            AudioField(rate=None),
+            SoundOptions,
+            _LABELS,
+            (_SOUND, {"top_k": 3}),
+        ),
+        (
+            "zero-shot-audio-classification",
+            ObjectOf(SoundLabelsInput),
+            SoundLabelsOptions,
+            _LABELS,
+            ({"audio": _SOUND, "labels": ["a flute", "rain"]}, {}),
+        ),
+        (
+            "video-classification",
+            VideoField(max_frames=64),
+            LabelOptions,
+            f"{_LABELS}; of frames that are evenly spaced over the film",
+            (_FILM, {"top_k": 3}),
+        ),
+        (
+            "mask-generation",
+            ImageField(),
+            MaskOptions,
+            'all that can be cut out, best first, a list of {"score", "box", "mask"}; a mask is '
+            'a PNG of the picture\'s size, {"mime_type", "data"}',
+            (_PICTURE, {"points_per_crop": 8}),
+        ),
+        (
+            "image-feature-extraction",
+            ImageField(),
+            ImageFeatureOptions,
+            "a vector for each patch, a list of lists of numbers; with pool one vector",
+            (_PICTURE, {"pool": True}),
+        ),
+        (
+            "feature-extraction",
+            Text(),
+            TextFeatureOptions,
+            "a vector for each token, a list of lists of numbers",
+            ("The quick brown fox jumps over the lazy dog.", {}),
+        ),
+        (
+            "zero-shot-object-detection",
+            ObjectOf(FindInput),
+            FindOptions,
+            'the boxes likeliest first, a list of {"label", "score", "box"} in pixels of the '
+            "picture that was sent",
+            ({"image": _PICTURE, "labels": ["a cat", "a sofa"]}, {"threshold": 0.2}),
+        ),
+        (
+            "keypoint-matching",
+            ObjectOf(ImagePair),
+            MatchOptions,
+            'the matches likeliest first, a list of {"keypoint_image_0", "keypoint_image_1", '
+            '"score"}; a keypoint is {"x", "y"} in pixels',
+            ({"images": [_PICTURE, _PICTURE]}, {"threshold": 0.5}),
+        ),
+        (
+            "document-question-answering",
+            ObjectOf(DocumentInput),
+            DocumentOptions,
+            'the answers likeliest first, a list of {"answer"}; of a model that reads words also '
+            '{"score", "start", "end"}, the first and the last word of it',
+            (
+                {
+                    "image": _PICTURE,
+                    "question": "What is the total?",
+                    "words": [
+                        {"text": "Total", "box": [1, 2, 7, 6]},
+                        {"text": "$42", "box": [8, 2, 14, 6]},
+                    ],
+                },
+                {},
+            ),
+        ),
+        (
+            "table-question-answering",
+            ObjectOf(TableInput),
+            TableOptions,
+            '{"answer"}; of a model that points at cells also {"cells", "coordinates", '
+            '"aggregator"}',
+            (
+                {
+                    "table": {
+                        "columns": ["Tower", "Metres"],
+                        "rows": [["Eiffel", "324"], ["Tokyo", "333"]],
+                    },
+                    "question": "How tall is the Eiffel tower?",
+                },
+                {},
+            ),
+        ),
+        (
+            "decision",
+            ObjectOf(DecisionInput),
+            Options,
+            "the answer to each question by its name; a choice and a score have the probability "
+            "of each option, a noul that of true",
+            (
+                {
+                    "state": "I was charged twice and want my money back.",
+                    "questions": [
+                        {"name": "refund", "type": "noul", "instructions": "Is it about money?"},
+                        {"name": "tone", "type": "choice", "options": ["calm", "angry"]},
+                    ],
+                },
+                {},
+            ),
+        ),
+    )
+]

@@ -1,0 +1,156 @@
+"""Pictures in, texts out: captions, replies to messages with pictures, answers to questions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import ValidationError
+
+from backend.errors import did_you_mean
+from backend.media.parts import ImageField
+from backend.schemas import (
+    Boolean,
+    Choice,
+    Integer,
+    ListOf,
+    ObjectOf,
+    StrictField,
+    StrictSchema,
+    Text,
+)
+from backend.tasks.base import TRUNCATE, Options, Task, about
+from backend.tasks.text import GenerationOptions
+from backend.tasks.vision import PICTURE
+
+
+class PictureTextOptions(GenerationOptions):
+    """A picture cannot be cut as a text can, so there is no ``truncate``."""
+
+    class Meta(StrictSchema.Meta):
+        exclude = ("truncate",)
+
+
+class TextPart(StrictSchema):
+    type = Choice(["text"], required=True)
+    text = Text(blank=True, required=True)
+
+
+class ImagePart(StrictSchema):
+    type = Choice(["image"], required=True)
+    image = ImageField(required=True)
+
+
+class PartField(StrictField):
+    """A part of a message: what else it has depends on its ``type``."""
+
+    type_name = "object"
+    expected = "an object"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts = {"text": TextPart(), "image": ImagePart()}
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        kind = value.get("type")
+        if type(kind) is not str:
+            raise ValidationError({"type": ["must be 'text' or 'image'"]})
+        if kind not in self.parts:
+            raise ValidationError({"type": [f"is {kind!r}: {did_you_mean(kind, [*self.parts])}"]})
+        return self.parts[kind].load(value)
+
+
+class ContentField(StrictField):
+    """A text by itself or a list of parts; either way loaded as the list."""
+
+    type_name = "string or list"
+    expected = "a string, or a list of parts of type text or image"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts = ListOf(PartField(), low=1, high=100)
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (str, list)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if type(value) is str:
+            return [{"type": "text", "text": value}]
+        return self.parts.deserialize(value)
+
+
+class PictureMessage(StrictSchema):
+    role = Choice(["system", "user", "assistant"], required=True)
+    content = ContentField(required=True)
+
+
+class PictureChatInput(StrictSchema):
+    messages = ListOf(ObjectOf(PictureMessage), low=1, high=1000, required=True)
+
+
+class QuestionInput(StrictSchema):
+    image = ImageField(required=True)
+    question = Text(required=True)
+
+
+class QuestionOptions(Options):
+    """A model either chooses among the answers it knows, or writes one."""
+
+    top_k = Integer(
+        low=1,
+        high=1000,
+        load_default=None,
+        allow_none=True,
+        metadata=about("how many answers a model that chooses gives; 5 if not set"),
+    )
+    max_tokens = Integer(
+        low=1,
+        high=512,
+        load_default=None,
+        allow_none=True,
+        metadata=about("most tokens for a model that writes; 20 if not set"),
+    )
+    truncate = Boolean(load_default=False, metadata=TRUNCATE)
+
+
+IMAGE_TO_TEXT = Task(
+    name="image-to-text",
+    input=ImageField(),
+    options=PictureTextOptions,
+    output="the caption, a string",
+    example=(PICTURE, {"max_tokens": 30}),
+)
+IMAGE_TEXT_TO_TEXT = Task(
+    name="image-text-to-text",
+    input=ObjectOf(PictureChatInput),
+    options=PictureTextOptions,
+    output="the reply, a string",
+    example=(
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": PICTURE},
+                        {"type": "text", "text": "Which colours are these?"},
+                    ],
+                }
+            ]
+        },
+        {"max_tokens": 60},
+    ),
+)
+VISUAL_QUESTION_ANSWERING = Task(
+    name="visual-question-answering",
+    input=ObjectOf(QuestionInput),
+    options=QuestionOptions,
+    output=(
+        'the answers likeliest first, a list of {"answer", "score"}; '
+        "an answer that was written has no score: null"
+    ),
+    example=({"image": PICTURE, "question": "Which colour is on the left?"}, {}),
+)
