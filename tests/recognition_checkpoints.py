@@ -47,6 +47,21 @@ def whisper_without_times(folder: Path) -> None:
     _settings(folder, drop=("alignment_heads", "no_timestamps_token_id"))
 
 
+def whisper_with_habits(folder: Path) -> None:
+    """The same weights, with settings for a way of reading that Crane does not follow."""
+    _whisper(folder, _LANGUAGES)
+    habits = {"condition_on_prev_tokens": True, "max_new_tokens": 3, "num_beams": 4}
+    doubts = {"no_speech_threshold": 0.0, "logprob_threshold": 0.0}
+    _settings(folder, **habits, **doubts, compression_ratio_threshold=0.1)
+
+
+def whisper_stuck(folder: Path) -> None:
+    """Writes one time stamp and nothing else, so that it never says where to go on."""
+    _whisper(folder, _LANGUAGES)
+    stamp = _whisper_tokenizer(_LANGUAGES, stamps=301).convert_tokens_to_ids("<|0.00|>")
+    _settings(folder, suppress_tokens=[token for token in range(stamp + 301) if token != stamp])
+
+
 def ctc(folder: Path) -> None:
     """As wav2vec2-large-960h-lv60-self: layer norms, and a mask of what is no padding."""
     _ctc(folder, feat_extract_norm="layer", do_stable_layer_norm=True)
@@ -75,6 +90,8 @@ BUILDERS = {
         whisper_english,
         whisper_without_words,
         whisper_without_times,
+        whisper_with_habits,
+        whisper_stuck,
         ctc,
         ctc_without_mask,
         hubert,
@@ -166,10 +183,10 @@ def _whisper_tokenizer(languages: tuple[str, ...], *, stamps: int) -> Any:
     return tokenizer
 
 
-def _settings(folder: Path, *, drop: tuple[str, ...]) -> None:
-    """Take some of the checkpoint's generation settings away."""
+def _settings(folder: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    """Take some of the checkpoint's generation settings away, and set others."""
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_text())
+    settings = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in settings.items() if k not in drop}))
 
 

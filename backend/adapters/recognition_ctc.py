@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from backend.adapters.base import Batch, Prediction
 from backend.errors import CraneError, DeadlineExceeded
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 CHUNK_S = 30  # of a long sound; a sixth at either side is heard for the sake of what is between
 MOST_S = 120  # of sound in a run; its first layer is 7 MB a second
 MOST_PADDING = 1.25  # times the shortest sound of a run is its longest
+
+
+class Chunk(NamedTuple):
+    """A piece of a sound; ``stride`` is its samples, and how many left and right are others'."""
+
+    values: torch.Tensor
+    stride: tuple[int, int, int]
 
 
 class CtcListener:
@@ -29,6 +36,7 @@ class CtcListener:
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._model = pipeline.model
+        self._name: str = self._model.main_input_name
         self._rate: int = pipeline.feature_extractor.sampling_rate
         self._pads = bool(pipeline.feature_extractor.return_attention_mask)
         self._least = fewest_samples(self._model.config)
@@ -58,21 +66,22 @@ class CtcListener:
     ) -> Mapping[int, Prediction | CraneError]:
         from transformers.pipelines.automatic_speech_recognition import rescale_stride
 
+        # Without the masks, which would be twice as large as an hour of sound itself.
         chunks = [
-            (place, chunk)
+            (place, Chunk(chunk[self._name], chunk["stride"]))
             for place, samples in sounds.items()
             for chunk in self._pipeline.preprocess(samples, chunk_length_s=CHUNK_S)
         ]
         ratio = 1 / self._model.config.inputs_to_logits_ratio
         heard: dict[int, list[dict[str, Any]]] = {place: [] for place in sounds}
         done = 0
-        for run in self._runs([_length(chunk) for _, chunk in chunks]):
+        for run in self._runs([chunk.values.shape[1] for _, chunk in chunks]):
             if batch.abandoned():
                 raise DeadlineExceeded("Nobody waited for the answer any more.")
             batch.progress(done, len(chunks))
             for index, letters in zip(run, self._letters([chunks[i][1] for i in run]), strict=True):
                 place, chunk = chunks[index]
-                [stride] = rescale_stride([chunk["stride"]], ratio)
+                [stride] = rescale_stride([chunk.stride], ratio)
                 heard[place].append({"at": index, "tokens": letters, "stride": stride})
             done += len(run)
         return {
@@ -92,26 +101,22 @@ class CtcListener:
             runs[-1].append(index)
         return runs
 
-    def _letters(self, chunks: list[dict[str, Any]]) -> list[torch.Tensor]:
+    def _letters(self, chunks: list[Chunk]) -> list[torch.Tensor]:
         """The likeliest letter of each place of each chunk, ``(1, places)``."""
         import torch
         from torch.nn.functional import pad
 
-        name = self._model.main_input_name
-        width = max(map(_length, chunks))
-
-        def rows(key: str) -> torch.Tensor:
-            padded = [pad(chunk[key], (0, width - chunk[key].shape[1])) for chunk in chunks]
-            return torch.cat(padded).to(self._model.device)
-
+        lengths = torch.tensor([chunk.values.shape[1] for chunk in chunks])
+        width = int(lengths.max())
+        values = torch.cat([pad(one.values, (0, width - one.values.shape[1])) for one in chunks])
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        device = self._model.device
         with torch.inference_mode():
-            logits = self._model(**{name: rows(name)}, attention_mask=rows("attention_mask")).logits
-            letters = logits.argmax(-1).cpu()
-        if all(_length(chunk) == width for chunk in chunks):
+            how = {self._name: values.to(device), "attention_mask": mask.to(device)}
+            letters = self._model(**how).logits.argmax(-1).cpu()
+        if int(lengths.min()) == width:
             return list(letters.split(1))
-        real = self._model._get_feat_extract_output_lengths(
-            torch.tensor(list(map(_length, chunks)))
-        )
+        real = self._model._get_feat_extract_output_lengths(lengths)
         return [row[None, :count] for row, count in zip(letters, real.tolist(), strict=True)]
 
     def _prediction(
@@ -139,8 +144,3 @@ def fewest_samples(config: Any) -> int:
     ):
         needed = (needed - 1) * step + kernel
     return needed
-
-
-def _length(chunk: Mapping[str, Any]) -> int:
-    length: int = chunk["attention_mask"].shape[1]
-    return length

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sound:
     """A sound on its way: what of it has been read, and what was written down."""
 

@@ -37,9 +37,10 @@ class WhisperListener:
         settings = self._model.generation_config
         settings.max_new_tokens = None  # each call sets max_length
         # Every window by itself, so that a sound's text does not depend on its batch; and none is
-        # skipped, for which the library has no answer where it reads a single window.
+        # skipped or tried again, which the library cannot where it reads a single window.
         settings.condition_on_prev_tokens = False
-        settings.no_speech_threshold = None
+        for doubt in ("no_speech_threshold", "logprob_threshold", "compression_ratio_threshold"):
+            setattr(settings, doubt, None)
         self._heads = getattr(settings, "alignment_heads", None)
         multilingual = getattr(settings, "is_multilingual", True)
         ids = getattr(settings, "lang_to_id", {}) if multilingual else {}
@@ -179,7 +180,6 @@ class WhisperListener:
         # To which the library adds the prompt, up to the model's own most.
         config.max_length = options["max_tokens"] or self._model.config.max_target_positions
         config.num_beams = options["num_beams"]
-        config.do_sample = False
         return config
 
     def _take(self, sound: Sound, segments: list[dict[str, Any]]) -> None:
