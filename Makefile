@@ -27,6 +27,8 @@ bench: $(VENV)/bench.done
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.embeddings
 	$(BIN)/python -m bench.images
+	$(BIN)/python -m bench.speech
+	$(BIN)/python -m bench.video
 
 # What is installed is remembered by these files, so a second run starts at once.
 $(BIN)/python:

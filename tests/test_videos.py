@@ -478,7 +478,7 @@ def test_the_steps_of_a_run_are_told_while_it_runs(make_app, checkpoint, type_, 
     ],
 )
 def test_a_film_that_nobody_waits_for_stops_at_the_next_step(
-    make_app, checkpoint, type_, family, caplog
+    make_app, checkpoint, type_, family, capsys
 ):
     client = make_app([entry(checkpoint, type_, family)], request_timeout_s=1.0).test_client()
     value, options = input_for(type_, family), {**SIDES, "num_frames": fewest(type_, family)}
@@ -496,7 +496,7 @@ def test_a_film_that_nobody_waits_for_stops_at_the_next_step(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert last is None or last.get("step", 0) < 150
-    assert "failed a batch" not in caplog.text
+    assert "failed a batch" not in capsys.readouterr().err
 
 
 # What is refused.

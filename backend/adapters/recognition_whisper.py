@@ -128,7 +128,7 @@ class WhisperListener:
         windows, mask = self._windows(sounds)
         with torch.inference_mode():
             # Once, though the library would encode again what it has told a language of.
-            encoded = self._model.get_encoder()(windows)
+            encoded = self._encode(windows)
             how: dict[str, Any] = {}
             if self._codes:
                 self._tell_languages(sounds, options["language"], encoded)
@@ -149,6 +149,19 @@ class WhisperListener:
                 **how,
             )["segments"]
         return segments
+
+    def _encode(self, windows: torch.Tensor) -> Any:
+        """The encoder's output for all windows, which it reads in full, however short the sound."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutput
+
+        encoder = self._model.get_encoder()
+        if windows.device.type != "cpu":
+            return encoder(windows)
+        # A CPU's caches hold what becomes of two windows: eight at once took whisper-tiny 1.4 times
+        # as long in float32, and 1.2 times in bfloat16.
+        states = [encoder(part).last_hidden_state for part in windows.split(2)]
+        return BaseModelOutput(last_hidden_state=torch.cat(states))
 
     def _windows(self, sounds: list[Sound]) -> tuple[torch.Tensor, torch.Tensor]:
         """Each sound's next frames, and the mask of those that are not after its end."""
