@@ -16,6 +16,7 @@ LAYERS = [
     ["backend.errors", "backend.logs", "backend.media"],
     ["backend.media.fetch"],
     ["backend.config", "backend.schemas"],
+    ["backend.media.containers"],
     ["backend.media.parts", "backend.media.sound_kinds"],
     ["backend.media.audio", "backend.media.images", "backend.media.meshes", "backend.media.video"],
     ["backend.media.reader"],

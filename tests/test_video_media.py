@@ -237,6 +237,49 @@ def test_a_film_that_is_cut_short_is_refused(kind, left):
         read(data[: int(left * len(data)) if isinstance(left, float) else left])
 
 
+def with_a_box_of(size):
+    """A film whose last box, of nothing, writes its length as ``size``."""
+    return MP4 + size[:4] + b"free" + size[4:]
+
+
+def test_a_film_may_say_its_lengths_in_every_way_the_format_has():
+    frames = read(MP4)["frames"]
+    ways = {
+        "to the end": with_a_box_of(bytes(4)) + bytes(100),
+        "in 8 bytes": with_a_box_of((1).to_bytes(4) + (116).to_bytes(8)) + bytes(100),
+        "of nothing": with_a_box_of((8).to_bytes(4)),
+    }
+    for way, data in ways.items():
+        assert np.array_equal(read(data)["frames"], frames), way
+    webm = KINDS["webm"]
+    at = webm.index(b"\x18\x53\x80\x67")
+    void = b"\xec\x40\x64" + bytes(100)  # which may be anywhere
+    again = read(webm[:at] + void + webm[at:])
+    assert np.array_equal(again["frames"], read(webm)["frames"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        with_a_box_of((7).to_bytes(4)),
+        with_a_box_of((9).to_bytes(4)),
+        with_a_box_of((1).to_bytes(4) + (15).to_bytes(8)),
+        with_a_box_of((1).to_bytes(4) + (17).to_bytes(8)),
+        with_a_box_of((1).to_bytes(4) + b"\xff" * 8),
+        with_a_box_of((1).to_bytes(4)),
+        MP4 + (8).to_bytes(4),
+        b"\x1aE\xdf\xa3",
+        b"\x1aE\xdf\xa3\xff" + KINDS["webm"],
+        b"\x1aE\xdf\xa3\x80" + bytes(100),
+        b"\x1aE\xdf\xa3\x80\x18\x53\x80\x67",
+        b"\x1aE\xdf\xa3\x80\x18\x53\x80\x67\x10\x00",
+    ],
+)
+def test_a_film_whose_parts_do_not_end_with_it_is_refused(data):
+    with pytest.raises(Refused, match="damaged or cut short"):
+        read(data)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_a_film_with_noise_in_it_comes_nothing_but_a_refusal_or_frames(kind):
     for seed in range(60):

@@ -1,14 +1,12 @@
-"""Kinds of sound files: told by their first bytes, and whether a file ends before it should.
-
-libav reads what is there of a file that was cut short and says nothing; a caller wants to know.
-"""
+"""Kinds of sound files: told by their first bytes, and whether a file ends before it should."""
 
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from backend.media.containers import matroska_cut_short, mp4_cut_short
 
 _UNKNOWN_LENGTH = 0x7F000000  # and above: what programs write into a WAV's head before they know
 
@@ -97,35 +95,6 @@ def _ogg_cut_short(data: bytes) -> bool:
     return at + 27 > len(data) or at + 27 + data[at + 26] + sum(table) > len(data)
 
 
-def _mp4_cut_short(data: bytes) -> bool:
-    at = 0
-    while at + 16 <= len(data):
-        (size,) = struct.unpack_from(">I", data, at)
-        if size == 1:
-            (size,) = struct.unpack_from(">Q", data, at + 8)
-        if size == 0:  # to the end of the file
-            return False
-        at += max(size, 8)
-    return at != len(data) and at + 8 != len(data)
-
-
-def _webm_cut_short(data: bytes) -> bool:
-    """By the length of its one segment; a recorder that was never told the end writes none."""
-    size, at = _vint(data, 4)
-    at += size
-    if data[at : at + 4] != b"\x18\x53\x80\x67":
-        return at + 4 > len(data)
-    size, at = _vint(data, at + 4)
-    return at + size > len(data)
-
-
-def _vint(data: bytes, at: int) -> tuple[int, int]:
-    """Matroska's number at a place, 0 where it is "unknown"; and the place after it."""
-    width = 9 - data[at].bit_length() if at < len(data) and data[at] else 8
-    value = int.from_bytes(data[at : at + width], "big") & (1 << 7 * width) - 1
-    return (0 if value == (1 << 7 * width) - 1 else value), at + width
-
-
 def _never(data: bytes) -> bool:
     return False  # its frames are counted: see decode_audio
 
@@ -157,7 +126,7 @@ MP4 = Kind(
     frozenset(
         ("audio/m4a", "audio/x-m4a", "audio/aac", "audio/mp4a-latm", "video/mp4", "video/quicktime")
     ),
-    _mp4_cut_short,
+    mp4_cut_short,
 )
 AAC = Kind(
     "aac",
@@ -170,5 +139,5 @@ WEBM = Kind(
     "matroska",
     "audio/webm",
     frozenset(("video/webm", "audio/x-matroska", "video/x-matroska", "audio/matroska")),
-    _webm_cut_short,
+    matroska_cut_short,
 )

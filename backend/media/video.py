@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from backend.media import Refused
+from backend.media.containers import matroska_cut_short, mp4_cut_short
 from backend.media.parts import Media
 
 logger = logging.getLogger("crane.media")
@@ -24,6 +25,7 @@ _LABELS = {
     "mp4": ("video/mp4", "video/quicktime", "video/x-m4v"),
     "matroska": ("video/webm", "video/x-matroska", "video/matroska"),
 }
+_CUT_SHORT = {"mp4": mp4_cut_short, "matroska": matroska_cut_short}
 # The boxes that an MP4 or QuickTime film may begin with.
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 # Fewer codecs are fewer parsers for a hostile file to meet.
@@ -82,9 +84,9 @@ def decode_video(
     kind = _kind(data)
     if mime_type not in (None, "application/octet-stream", *_LABELS[kind]):
         raise Refused(f"is {_LABELS[kind][0]}, and its label says {mime_type}")
+    if _CUT_SHORT[kind](data):
+        raise Refused("is damaged or cut short")
     try:
-        if not _IS_WHOLE[kind](data):
-            raise Refused("is cut short")
         packets, width, height, fps = _survey(data, kind)
     except Refused:
         raise
@@ -110,39 +112,6 @@ def _kind(data: bytes) -> str:
     if data.startswith(b"\x1aE\xdf\xa3"):
         return "matroska"
     raise Refused("is no film of a kind that is read here: MP4, QuickTime, WebM, Matroska")
-
-
-def _mp4_is_whole(data: bytes) -> bool:
-    """Whether its last box ends where the data do."""
-    at = 0
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at : at + 4])
-        if size == 1:
-            size = int.from_bytes(data[at + 8 : at + 16])
-        if size == 0:  # to the end, wherever that is
-            return True
-        if size < 8:
-            return False
-        at += size
-    return at <= len(data)
-
-
-def _matroska_is_whole(data: bytes) -> bool:
-    """Whether its segment ends where the data do; one that was sent live does not say."""
-    size, at = _ebml_size(data, 4)  # of the head
-    size, at = _ebml_size(data, at + size + 4)  # of the segment
-    return at + size <= len(data)
-
-
-def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
-    """A size that is written at a place, 0 if it is left open, and the place after it."""
-    length = 9 - data[at].bit_length()
-    most = (1 << 7 * length) - 1
-    size = int.from_bytes(data[at : at + length]) & most
-    return 0 if size == most else size, at + length
-
-
-_IS_WHOLE = {"mp4": _mp4_is_whole, "matroska": _matroska_is_whole}
 
 
 def _open(data: bytes, kind: str) -> Any:
