@@ -410,6 +410,21 @@ def test_an_hour_of_silence_in_a_small_file_is_refused_and_not_held(listener, na
     assert len(claimed) == 1 if told else sum(claimed[:-1]) <= 60 * 16_000 < sum(claimed)
 
 
+@pytest.mark.parametrize(
+    ("name", "alone_s", "after_s"),
+    # One is known to be too long by what it says, the other by its third block, or its first.
+    [("flac", 65.5, 65.5), ("flac-of-unknown-length", 24.6, 8.2)],
+)
+def test_a_sound_that_is_too_long_is_told_from_those_before_it(listener, name, alone_s, after_s):
+    client = listener(max_audio_s=20)
+    brief, long = base64_of(silent_flac(15)), base64_of(SILENCES[name](60))
+    most = "at most 20 s are allowed in a call"
+    details = run(client, "hear-16000", long).json["error"]["details"]
+    assert details == {"input": f"lasts {alone_s} s or more; {most}"}
+    details = run(client, "hear-16000", [brief, long]).json["error"]["details"]
+    assert details == {"input[1]": f"lasts {after_s} s or more after 16.4 s in this call; {most}"}
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("rate", [None, 16_000])
 def test_no_sample_is_held_that_was_not_claimed_or_was_claimed_twice(name, rate):

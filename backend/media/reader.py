@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -103,9 +104,8 @@ class Reading:
 
     def _decode(self, field: MediaField, data: bytes, mime_type: str | None) -> Any:
         if isinstance(field, AudioField):
-            return decode_audio(
-                data, rate=field.rate, mime_type=mime_type, claim=self.claim_samples
-            )
+            claim = partial(self.claim_samples, before_s=self._seconds)
+            return decode_audio(data, rate=field.rate, mime_type=mime_type, claim=claim)
         if isinstance(field, VideoField):
             return decode_video(
                 data, max_frames=field.max_frames, mime_type=mime_type, claim=self.claim_pixels
@@ -124,15 +124,19 @@ class Reading:
         self._take(3 * pixels)
         self._pixels += pixels
 
-    def claim_samples(self, samples: int, rate: int) -> None:
-        """Count float32 samples that are about to be decoded; likewise."""
+    def claim_samples(self, samples: int, rate: int, before_s: float) -> None:
+        """Count float32 samples that are about to be decoded; likewise.
+
+        A sound whose length nobody knows comes in parts: ``before_s`` is what others had taken
+        when it began.
+        """
         most = self._reader.config.max_audio_s
         seconds = samples / rate
         if self._seconds + seconds > most:
-            so_far = f" after {self._seconds:.1f} s in this call" if self._seconds else ""
+            lasts = f"lasts {self._seconds + seconds - before_s:.1f} s or more"
+            after = f" after {before_s:.1f} s in this call" if before_s else ""
             raise Refused(
-                f"lasts {seconds:.1f} s or more{so_far}; at most {most:g} s are allowed in a call",
-                too_large=True,
+                f"{lasts}{after}; at most {most:g} s are allowed in a call", too_large=True
             )
         self._take(4 * samples)
         self._seconds += seconds
