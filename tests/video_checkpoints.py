@@ -45,6 +45,7 @@ def wan_both(folder: Path) -> None:
 
 def ltx(folder: Path, **vae) -> None:
     import diffusers
+    import torch
 
     with _seeded():
         pipeline = diffusers.LTXPipeline(
@@ -71,6 +72,9 @@ def ltx(folder: Path, **vae) -> None:
                 caption_channels=32,
             ),
         )
+        for name, weights in pipeline.vae.named_parameters():
+            if "per_channel_scale" in name:  # of the decoder's own noise, which begins as none
+                torch.nn.init.constant_(weights, 0.5)
         _save(pipeline, folder)
 
 
