@@ -1,0 +1,100 @@
+"""Calls of pipelines that read: texts, documents, tables, and what is to be decided."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from backend.adapters.generic_base import Answer, count_tokens
+from backend.adapters.generic_pictures import picture
+from backend.adapters.transformers_base import model_window, too_long
+from backend.errors import InvalidRequest
+
+
+def text_features(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
+    window = model_window(pipeline.model, pipeline.tokenizer)
+    tokens = count_tokens(pipeline, value)
+    if window is None or tokens <= window:
+        return pipeline(value, return_tensors=True)[0], {}
+    if not options["truncate"]:
+        raise too_long(tokens, window)
+    how = {"truncation": True, "max_length": window}
+    return pipeline(value, return_tensors=True, tokenize_kwargs=how)[0], {"truncated": True}
+
+
+def ask_document(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
+    height, width = value["image"].shape[:2]
+    words = value["words"]
+    asked = {"image": picture(value["image"]), "question": value["question"]}
+    if "VISION" in pipeline.model_type.name.upper():  # Donut, which reads for itself
+        if words is not None:
+            raise InvalidRequest.of({"input.words": "is not something this model can be asked"})
+        return pipeline(asked, top_k=options["top_k"]), {}
+    if words is None and importlib.util.find_spec("pytesseract") is None:
+        fault = "is missing: this model is told the words of the picture, and where they are"
+        raise InvalidRequest.of({"input.words": fault})
+    window = model_window(pipeline.model, pipeline.tokenizer)
+    stride = min((window or 512) // 2, 256)
+    if window is not None:
+        # Beside the question, a part of the words must go in that goes past the last part's end.
+        special = pipeline.tokenizer.num_special_tokens_to_add(pair=True)
+        bare = len(pipeline.tokenizer(value["question"], add_special_tokens=False)["input_ids"])
+        if bare > (most := window - special - stride - 1):
+            fault = f"has {bare} tokens and the model reads {most} of a question; shorten it"
+            raise InvalidRequest.of({"input.question": fault})
+    if words is not None:
+        asked["word_boxes"] = [
+            (word["text"], _thousandths(word["box"], width, height, place))
+            for place, word in enumerate(words)
+        ]
+    names = ("top_k", "max_answer_len", "handle_impossible_answer")
+    how = {name: options[name] for name in names}
+    return pipeline(asked, max_seq_len=window or 512, doc_stride=stride, **how), {}
+
+
+def _thousandths(box: list[float], width: int, height: int, place: int) -> list[int]:
+    if box[2] > width or box[3] > height:
+        fault = f"is beyond the picture, which is {width} x {height} pixels"
+        raise InvalidRequest.of({f"input.words[{place}].box": fault})
+    sides = (width, height, width, height)
+    return [int(1000 * at / side) for at, side in zip(box, sides, strict=True)]
+
+
+def ask_table(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
+    pandas = importlib.import_module("pandas")
+    table = pandas.DataFrame(value["table"]["rows"], columns=value["table"]["columns"])
+    window = model_window(pipeline.model, pipeline.tokenizer)
+    encoded = pipeline.tokenizer(table, value["question"], truncation="do_not_truncate")
+    tokens = len(encoded["input_ids"])
+    over = window is not None and tokens > window
+    if over and not options["truncate"]:
+        raise too_long(tokens, window or 0, "input.table")
+    how = "drop_rows_to_fit" if over else "do_not_truncate"
+    answer = pipeline({"table": table, "query": value["question"]}, truncation=how)
+    return answer, {"truncated": True} if over else {}
+
+
+def decide(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
+    questions = {}
+    for place, question in enumerate(value["questions"]):
+        kind, choices = question["type"], question["options"]
+        known = pipeline.decision_config.labels.get(kind)
+        most = len(known) if known else 26
+        if choices is not None and len(choices) > most:
+            fault = f"must have {most} items at most for this model, not {len(choices)}"
+            raise InvalidRequest.of({f"input.questions[{place}].options": fault})
+        asked = {"type": kind, "instructions": question["instructions"]}
+        if kind == "choice":
+            asked["criteria"] = dict.fromkeys(choices)
+        elif kind == "score":
+            asked["criteria"] = choices
+        questions[question["name"]] = asked
+    inputs = pipeline.preprocess({"state": value["state"], "questions": questions})
+    window = model_window(pipeline.model, pipeline.tokenizer)
+    tokens = max(prompt["input_ids"].shape[-1] for prompt, _ in inputs["prompts"])
+    if window is not None and tokens > window:
+        fault = f"has {tokens} tokens with its longest question and the model's window is {window}"
+        raise InvalidRequest.of({"input.state": f"{fault}; shorten it"})
+    return pipeline.postprocess(pipeline.forward(inputs)), {}
