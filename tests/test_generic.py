@@ -611,6 +611,47 @@ def test_a_table_is_answered_as_a_direct_call_does(make_app, generic, direct):
     assert_near(answer.json["output"], expected)
 
 
+TOO_MUCH = {
+    "columns": (["a"] * 64, [["1"] * 64], "input.table.columns", "must have 63 items at most"),
+    "a row": (["a"] * 30, [["1"] * 30] * 2, "input.table", "has 30 columns, of which not one row"),
+    "a cell": (["a"], [["1" * 10_001]], "input.table.rows[0][0]", "10000 characters at most"),
+    "nothing": (["", ""], [["", ""]] * 2, "input.table", "has nothing in it"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_a_table_that_the_model_cannot_read_is_refused(make_app, generic, name):
+    columns, rows, at, told = TOO_MUCH[name]
+    client = make_app([entry(generic, "tapas", "table-question-answering")]).test_client()
+    value = {"table": {"columns": columns, "rows": rows}, "question": "how old is the tower?"}
+    for truncate in (False, True):
+        answer = run(client, "it", value, options={"truncate": truncate})
+        assert answer.status_code == 400
+        assert told in answer.json["error"]["details"][at]
+
+
+def test_of_a_table_of_many_rows_the_first_are_read(make_app, generic, direct):
+    """Of the library's own ways to read them one raises, another takes an hour."""
+    import pandas
+
+    client = make_app([entry(generic, "tapas", "table-question-answering")]).test_client()
+    ask = direct("tapas", "table-question-answering")
+    question = "how old is the tower?"
+    # The tokens left by the question are for the name and the rows, if they are not empty.
+    left = 64 - 2 - len(ask.tokenizer.tokenize(question))
+    for cell, most, at in (("7", left - 1, "input.table"), ("", 63, "input.table.rows")):
+        rows = [["7"], *[[cell]] * 50_000]
+        value = {"table": {"columns": ["a"], "rows": rows}, "question": question}
+        answer = run(client, "it", value)
+        assert answer.status_code == 400
+        assert list(answer.json["error"]["details"]) == [at]
+        answer = run(client, "it", value, options={"truncate": True})
+        assert answer.status_code == 200, answer.json
+        assert answer.json["metadata"]["truncated"] is True
+        frame = pandas.DataFrame(rows[:most], columns=["a"])
+        assert_near(answer.json["output"], ask(table=frame, query=question))
+
+
 def without(monkeypatch, package):
     """Let a package seem not to be installed."""
     found = importlib.util.find_spec

@@ -64,16 +64,51 @@ def _thousandths(box: list[float], width: int, height: int, place: int) -> list[
 
 def ask_table(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
     pandas = importlib.import_module("pandas")
-    table = pandas.DataFrame(value["table"]["rows"], columns=value["table"]["columns"])
-    window = model_window(pipeline.model, pipeline.tokenizer)
-    encoded = pipeline.tokenizer(table, value["question"], truncation="do_not_truncate")
-    tokens = len(encoded["input_ids"])
-    over = window is not None and tokens > window
+    columns, rows, question = value["table"]["columns"], value["table"]["rows"], value["question"]
+    kept, tokens = _rows_that_fit(pipeline, columns, rows, question)
+    window = model_window(pipeline.model, pipeline.tokenizer) or 0
+    over = tokens > window or kept < len(rows)
     if over and not options["truncate"]:
-        raise too_long(tokens, window or 0, "input.table")
+        fault = f"must have {kept} items at most for this model, not {len(rows)}"
+        if tokens > window:
+            fault = f"has {tokens} tokens or more and the model's window is {window}"
+        at = "input.table" if tokens > window else "input.table.rows"
+        raise InvalidRequest.of({at: f"{fault}; shorten it, or set options.truncate to true"})
+    # Without the others: the model is told a number's rank among those of its column.
+    table = pandas.DataFrame(rows[:kept], columns=columns)
     how = "drop_rows_to_fit" if over else "do_not_truncate"
-    answer = pipeline({"table": table, "query": value["question"]}, truncation=how)
+    answer = pipeline({"table": table, "query": question}, truncation=how)
     return answer, {"truncated": True} if over else {}
+
+
+def _rows_that_fit(
+    pipeline: Any, columns: list[str], rows: list[list[str]], question: str
+) -> tuple[int, int]:
+    """How many rows TAPAS reads, with a token of each cell at least; and the tokens up to there.
+
+    Its tokenizer finds that out too, in a time that grows with the square of the rows, and gives
+    none where none fits. Raises ``InvalidRequest`` then.
+    """
+    tokenizer = pipeline.tokenizer
+    if len(columns) >= tokenizer.max_column_id:
+        fault = f"must have {tokenizer.max_column_id - 1} items at most for this model"
+        raise InvalidRequest.of({"input.table.columns": f"{fault}, not {len(columns)}"})
+    window = model_window(pipeline.model, tokenizer) or 0
+    tokens = least = asked = len(tokenizer.tokenize(question)) + 2
+    kept = -1  # the columns' names are a row too
+    for row in [columns, *rows[: tokenizer.max_row_id - 1]]:
+        counts = [len(tokenizer.tokenize(cell)) for cell in row]
+        tokens += sum(counts)
+        least += sum(map(bool, counts))
+        if least > window:
+            break
+        kept += 1
+    if kept < 1:
+        fault = f"has {len(columns)} columns, of which not one row fits beside the question"
+        raise InvalidRequest.of({"input.table": f"{fault}: the model's window is {window} tokens"})
+    if tokens == asked:
+        raise InvalidRequest.of({"input.table": "has nothing in it"})
+    return kept, tokens
 
 
 def decide(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:

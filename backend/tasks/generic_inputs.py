@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from marshmallow import ValidationError, validates, validates_schema
+from marshmallow.validate import Length
 
 from backend.media.parts import AudioField, ImageField
 from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
@@ -142,9 +143,15 @@ class DocumentOptions(Options):
     )
 
 
+def _cell() -> Text:
+    # A longer one is no cell, and takes minutes to be cut.
+    brief = Length(max=10_000, error="must have {max} characters at most")
+    return Text(blank=True, validate=brief)
+
+
 class Table(StrictSchema):
-    columns = ListOf(Text(blank=True), low=1, high=1000, required=True)
-    rows = ListOf(ListOf(Text(blank=True), low=1, high=1000), low=1, high=100_000, required=True)
+    columns = ListOf(_cell(), low=1, high=1000, required=True)
+    rows = ListOf(ListOf(_cell(), low=1, high=1000), low=1, high=100_000, required=True)
 
     @validates_schema
     def _is_even(self, data: dict[str, Any], **kwargs: Any) -> None:
