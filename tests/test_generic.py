@@ -17,6 +17,7 @@ from itertools import cycle, islice
 import numpy as np
 import pytest
 
+from backend.adapters import generic_pictures
 from backend.adapters.masks import best_boxes, mask_of
 from backend.adapters.plain import plain
 from backend.tasks import TASKS
@@ -609,6 +610,30 @@ def test_a_table_is_answered_as_a_direct_call_does(make_app, generic, direct):
         table=frame, query="how old is the tower?"
     )
     assert_near(answer.json["output"], expected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "at", "told"),
+    [
+        ("MAX_MASKS", 26, "options.points_per_crop", "more masks than are compared here"),
+        ("MAX_RUNS", 100, "options.points_per_crop", "raise pred_iou_thresh"),
+        ("MAX_MASK_PIXELS", 60 * 40 * 2, "options.top_k", "at most 2 of a picture so large"),
+    ],
+)
+def test_more_masks_than_memory_has_room_for_are_refused(
+    make_app, generic, monkeypatch, limit, most, at, told
+):
+    client = make_app([entry(generic, "sam", "mask-generation")]).test_client()
+    options = {**LOW, "mask_threshold": 0.9, "crops_nms_thresh": 1.0}
+    whole = run(client, "it", IMAGE, options=options)
+    assert len(whole.json["output"]) == 27  # three for each of nine points
+    monkeypatch.setattr(generic_pictures, limit, most)
+    answer = run(client, "it", IMAGE, options=options)
+    assert answer.status_code == 400
+    assert told in answer.json["error"]["details"][at]
+    if at == "options.top_k":
+        best = run(client, "it", IMAGE, options={**options, "top_k": 2}).json["output"]
+        assert best == whole.json["output"][:2]
 
 
 TOO_MUCH = {
