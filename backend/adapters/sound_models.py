@@ -123,11 +123,6 @@ class Vits(SoundModel):
             if getattr(self.tokenizer, flag, False) and not importlib.util.find_spec(package):
                 raise ModelUnavailable(f"Its tokenizer needs the package {package}.")
 
-    def encode(self, text: str, **how: Any) -> list[int]:
-        # What the model has no letter for is dropped; of nothing, blanks would remain.
-        known = self.tokenizer.prepare_for_tokenization(text)[0].strip()
-        return super().encode(text, **how) if known else []
-
     def own(self) -> dict[str, Any]:
         return {"speed": 1.0} | ({"voice": "0"} if self.voices else {})
 
