@@ -57,6 +57,13 @@ def make_app(tmp_path):
 
 
 @pytest.fixture
+def whole_batches(capsys):
+    """No batch fails: its inputs would be run one by one, and give what they give alone."""
+    yield
+    assert "failed a batch" not in capsys.readouterr().err
+
+
+@pytest.fixture
 def client(make_app):
     return make_app().test_client()
 

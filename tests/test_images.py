@@ -178,6 +178,7 @@ def test_a_picture_is_resized_to_the_sides_that_are_asked_for(make_app, checkpoi
 
 
 @pytest.mark.parametrize("type_", TYPES)
+@pytest.mark.usefixtures("whole_batches")
 def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
     make_app, checkpoint, direct, type_
 ):
@@ -207,6 +208,7 @@ def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
 
 
 @pytest.mark.parametrize(("name", "class_name"), LIBRARY_SCHEDULERS.items())
+@pytest.mark.usefixtures("whole_batches")
 def test_each_scheduler_draws_the_same_alone_and_in_a_batch(
     make_app, checkpoint, direct, name, class_name
 ):

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 
+from backend.adapters.sound_models import MusicGen, Vits
 from tests.conftest import run
 from tests.gpu import GPU
 from tests.sounds import heard
@@ -192,6 +193,7 @@ KIND_OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", KIND_OPTIONS)
+@pytest.mark.usefixtures("whole_batches")
 def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
     make_app, checkpoint, direct, kind
 ):
@@ -214,6 +216,7 @@ def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("whole_batches")
 def test_a_batch_is_what_each_of_it_is_alone(make_app, checkpoint, direct, kind):
     client = make_app([entry(checkpoint, kind)]).test_client()
     batch = run(client, kind, TEXTS[:4], options={"seed": 40}).json
@@ -300,6 +303,23 @@ def test_what_is_left_to_the_model_is_told(make_app, checkpoint):
         assert {name: applied[name] for name in values} == values
         again = run(client, kind, "the crane", options=applied).json
         assert again["output"] == answer["output"]
+
+
+def test_texts_are_played_together_by_musicgen_alone(make_app, checkpoint, monkeypatch):
+    counts = []
+    for model in (MusicGen, Vits):
+        real = model.make
+
+        def counting(self, prompts, options, real=real):
+            counts.append(len(prompts))
+            return real(self, prompts, options)
+
+        monkeypatch.setattr(model, "make", counting)
+    client = make_app([entry(checkpoint, kind) for kind in ("musicgen", "vits")]).test_client()
+    assert run(client, "musicgen", TEXTS[:3]).status_code == 200
+    assert counts == [3]
+    assert run(client, "vits", TEXTS[:3]).status_code == 200
+    assert counts == [3, 1, 1, 1]
 
 
 def test_a_duration_is_kept_to_the_sample(make_app, checkpoint):
@@ -434,8 +454,17 @@ def test_speecht5_without_speakers_speaks_as_in_transformers_own_example(make_ap
 # Leaving.
 
 
-@pytest.mark.parametrize("kind", ["speecht5", "bark", "musicgen"])
-def test_a_run_that_nobody_waits_for_ends_within_a_step(make_app, checkpoint, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("speecht5", {}),
+        ("bark", {}),
+        ("bark", {"temperature": 0}),
+        ("musicgen", {}),
+        ("musicgen", {"temperature": 0}),
+    ],
+)
+def test_a_run_that_nobody_waits_for_ends_within_a_step(make_app, checkpoint, kind, options):
     from backend.adapters.base import Batch
     from backend.adapters.speech import Composer, Speaker
     from backend.errors import DeadlineExceeded
@@ -450,7 +479,7 @@ def test_a_run_that_nobody_waits_for_ends_within_a_step(make_app, checkpoint, ki
         asked.append(place)
         return len(asked) > 4
 
-    options = {**spec.options_schema.load({})}
+    options = {**spec.options_schema.load({}), **options}
     batch = Batch(
         inputs=["the crane"],
         options=options,

@@ -132,6 +132,7 @@ def test_an_answer_is_what_the_pipeline_gives(make_app, checkpoint, direct, fami
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("whole_batches")
 def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
     make_app, checkpoint, direct, family
 ):
@@ -151,6 +152,7 @@ def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("whole_batches")
 def test_a_batch_of_pictures_of_all_sizes_answers_each_as_alone(
     make_app, checkpoint, direct, family
 ):

@@ -168,6 +168,7 @@ def test_a_text_is_what_generate_writes(make_app, checkpoint, direct, family, de
 
 
 @pytest.mark.parametrize("family", CAPTIONERS + CHATS)
+@pytest.mark.usefixtures("whole_batches")
 def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
     make_app, checkpoint, direct, family
 ):
@@ -188,6 +189,7 @@ def test_eight_callers_at_once_with_mixed_options_get_what_they_would_get_alone(
 
 
 @pytest.mark.parametrize("family", CAPTIONERS + CHATS)
+@pytest.mark.usefixtures("whole_batches")
 def test_a_batch_writes_each_text_as_alone(make_app, checkpoint, direct, family):
     client = make_app([entry(checkpoint, family)]).test_client()
     answer = run(client, family, [input_for(family, i) for i in range(8)], options=SHORT).json
@@ -252,6 +254,7 @@ def test_the_tokens_of_a_written_answer_end_with_its_end(make_app, checkpoint, m
 
 
 @pytest.mark.parametrize("family", ANSWERERS)
+@pytest.mark.usefixtures("whole_batches")
 def test_eight_questions_at_once_are_answered_as_alone(make_app, checkpoint, direct, family):
     client = make_app([entry(checkpoint, family)]).test_client()
     name, own = ("top_k", 5) if family == "vilt" else ("max_tokens", 20)
@@ -314,6 +317,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(make_app, checkpoint, f
     assert coldest == run(client, family, value, options=SHORT).json["output"]
 
 
+@pytest.mark.usefixtures("whole_batches")
 def test_seeds_stay_with_their_texts_where_a_batch_is_run_in_parts(
     make_app, checkpoint, monkeypatch
 ):
