@@ -201,6 +201,24 @@ def test_tags_are_no_sound(listener):
     assert likeness(heard, TRUTH) > 0.99
 
 
+def test_tags_may_be_in_any_coding(listener):
+    info = b"INFOINAM" + (4).to_bytes(4, "little") + "café".encode("latin-1")
+    at = WAV.index(b"data")
+    data = WAV[:at] + b"LIST" + len(info).to_bytes(4, "little") + info + WAV[at:]
+    with pytest.raises(UnicodeDecodeError), av.open(io.BytesIO(data)):
+        pass
+    assert np.array_equal(hear(listener(), data)[0], hear(listener(), WAV)[0])
+
+
+def test_a_sound_of_which_nothing_is_left_at_the_models_rate_is_refused(listener):
+    client = listener()
+    data = wav(SAMPLES[:3], 192_000)
+    assert len(hear(client, data, None)[0]) == 3
+    answer = run(client, "hear-16000", base64_of(data))
+    assert answer.status_code == 400
+    assert answer.json["error"]["details"] == {"input": "has no samples"}
+
+
 def test_floats_that_are_no_sound_are_kept_within_bounds():
     values = np.array([np.nan, np.inf, -np.inf, 1e300, 2.0, -0.5] * 100)
     data = written(np.zeros(600, np.int16), RATE, "wav", "pcm_f64le")
