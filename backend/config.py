@@ -14,9 +14,11 @@ from backend.media.fetch import media_hosts
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MAX_SECRET = 65536
 _DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
+PEPPER_LENGTH = 16  # characters, at least
 MAX_DURATION_S = 24 * 3600.0  # no call waits a day, and a poll's milliseconds have 31 bits
 
 
@@ -91,6 +93,25 @@ def origins(text: str) -> tuple[str, ...]:
     return names
 
 
+def database_url(text: str) -> str:
+    """A URL of PostgreSQL. Strict, so that no part of a password can pass for a host."""
+    user = r"(?:[^\s@/?#:]*(?::[^\s@/?#:]*)?@)?"
+    hosts = r"[A-Za-z0-9._,:%\[\]-]*"
+    url = rf"postgres(?:ql)?(?:\+psycopg)?://{user}{hosts}(?:/[^\s@/?#]*)?(?:\?[^\s#]*)?"
+    if not re.fullmatch(url, text):
+        raise ValueError(
+            "must be postgresql://user:password@host:5432/name, "
+            "where marks in a name or password are percent-encoded"
+        )
+    return text
+
+
+def pepper(text: str) -> str:
+    if len(text) < PEPPER_LENGTH:
+        raise ValueError(f"must have at least {PEPPER_LENGTH} characters")
+    return text
+
+
 def cores() -> int:
     """The cores this process may use, which ``taskset`` or a container may have made fewer."""
     if hasattr(os, "sched_getaffinity"):
@@ -102,11 +123,23 @@ def _default_workers() -> int:
     return 1 if cores() <= 4 else 2
 
 
-def _setting(name: str, parse: Callable[[str], Any], default: Any) -> Any:
-    metadata = {"name": f"CRANE_{name}", "parse": parse}
+def _setting(name: str, parse: Callable[[str], Any], default: Any, *, secret: bool = False) -> Any:
+    """A field that is read from ``CRANE_name``; a secret also from a file, and shown nowhere."""
+    metadata = {"name": f"CRANE_{name}", "parse": parse, "secret": secret}
     if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=default, metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+def _from_file(path: str) -> str:
+    """The secret that a file holds; raise ``ValueError`` without a word of what is in it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MAX_SECRET).decode().strip()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL in the path, or what is no text in the file
+        raise ValueError("is not a file with text in it") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +164,8 @@ class Config:
     max_pixels: int = _setting("MAX_PIXELS", whole(1, 500_000_000), 2**25)
     max_audio_s: float = _setting("MAX_AUDIO", duration, 1800.0)
     media_hosts: tuple[str, ...] = _setting("MEDIA_HOSTS", media_hosts, ())
+    database_url: str | None = _setting("DATABASE_URL", database_url, None, secret=True)
+    key_pepper: str | None = _setting("KEY_PEPPER", pepper, None, secret=True)
     allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
     log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
     log_format: str = _setting("LOG_FORMAT", one_of("auto", "json", "console"), "auto")
@@ -154,19 +189,29 @@ class Config:
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Config:
         """Read the ``CRANE_…`` settings; raise ``ValueError`` that lists every fault at once."""
         known = {f.metadata["name"]: f for f in fields(cls)}
+        files = {f"{name}_FILE": name for name, f in known.items() if f.metadata["secret"]}
         values: dict[str, Any] = {}
         faults: list[str] = []
         for name in sorted(environ):
             if not name.startswith("CRANE_"):
                 continue
-            if name not in known:
-                hint = did_you_mean(name, list(known))
+            setting = known.get(files.get(name, name))
+            if setting is None:
+                hint = did_you_mean(name, [*known, *files])
                 faults.append(f"{name} is not a Crane setting ({hint})")
                 continue
+            if name in files and files[name] in environ:
+                faults.append(f"{name} and {files[name]} are both set; one must go")
+                continue
+            shown = name if setting.metadata["secret"] else f"{name}={environ[name]!r}"
             try:
-                values[known[name].name] = known[name].metadata["parse"](environ[name].strip())
+                text = environ[name].strip()
+                if name in files:
+                    shown = f"{name}={text!r}"  # the path, which is no secret
+                    text = _from_file(text)
+                values[setting.name] = setting.metadata["parse"](text)
             except ValueError as error:
-                faults.append(f"{name}={environ[name]!r} {error}")
+                faults.append(f"{shown} {error}")
         if not faults:
             try:
                 return cls(**values)

@@ -58,6 +58,17 @@ SETTINGS = {field.metadata["name"]: field for field in fields(Config)}
             ("img.example.com", "*.example.org:8443"),
         ),
         ("DATA_DIR", "/var/lib/crane", Path("/var/lib/crane")),
+        *(
+            ("DATABASE_URL", url, url)
+            for url in (
+                "postgresql://crane:s3cr3t%40@db.example.com:5432/crane?sslmode=require",
+                "postgres://db/crane",
+                "postgresql+psycopg://u:@a,b:5433/crane",
+                "postgresql://postgres@/crane?host=/run/postgresql",
+                "postgresql://[::1]:5432/crane",
+            )
+        ),
+        ("KEY_PEPPER", "sixteen letters!", "sixteen letters!"),
         ("ALLOWED_ORIGINS", "", ()),
         ("ALLOWED_ORIGINS", "*", ("*",)),
         ("ALLOWED_ORIGINS", "https://a.com, http://b:80", ("https://a.com", "http://b:80")),
@@ -116,6 +127,11 @@ def test_a_good_value_is_taken(name, text, value):
         ("MAX_AUDIO", "2d", "must be a duration above 0 and up to 24h"),
         ("MEDIA_HOSTS", "https://a.com", "is not a host such as images.example.com"),
         ("DATA_DIR", " ", "must be a path, not empty"),
+        ("DATABASE_URL", "sqlite:///hunter2.db", "must be postgresql://user:password@host"),
+        ("DATABASE_URL", "postgresql://u:hunter2@x@db/crane", "marks in a name or password are"),
+        ("DATABASE_URL", "postgresql://u:hunter2/3@db/crane", "must be postgresql://"),
+        ("DATABASE_URL", "postgresql://u:hunter2#@db/crane", "must be postgresql://"),
+        ("KEY_PEPPER", "hunter2hunter2!", "must have at least 16 characters"),
         ("ALLOWED_ORIGINS", "a.com", "'a.com' is not an origin such as https://app.example.com"),
         ("ALLOWED_ORIGINS", "https://a.com/", "is not an origin"),
         ("ALLOWED_ORIGINS", "https://*.a.com", "is not an origin"),
@@ -128,7 +144,11 @@ def test_a_bad_value_is_refused_with_what_is_expected(name, text, fault):
     with pytest.raises(ValueError, match="Crane's settings are wrong") as caught:
         Config.from_env({f"CRANE_{name}": text})
     [_, line] = str(caught.value).splitlines()
-    assert line.startswith(f"  CRANE_{name}={text!r} ")
+    if SETTINGS[f"CRANE_{name}"].metadata["secret"]:
+        assert line.startswith(f"  CRANE_{name} ")
+        assert "hunter2" not in line
+    else:
+        assert line.startswith(f"  CRANE_{name}={text!r} ")
     assert fault in line
 
 
@@ -182,6 +202,49 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
     with pytest.raises(ValueError, match="is not a Crane setting") as caught:
         Config.from_env({name: "5"})
     assert hint in str(caught.value)
+
+
+SECRETS = [name for name, setting in SETTINGS.items() if setting.metadata["secret"]]
+
+
+def test_a_secret_is_read_from_a_file_too(tmp_path):
+    path = tmp_path / "pepper"
+    path.write_text("  hunter2 hunter2 hunter2\n\n")
+    config = Config.from_env({"CRANE_KEY_PEPPER_FILE": f" {path} "})
+    assert config.key_pepper == "hunter2 hunter2 hunter2"
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"CRANE_KEY_PEPPER_FILE": "{}/none"}, "{}/none' cannot be read: No such file"),
+        ({"CRANE_KEY_PEPPER_FILE": "{}"}, "{}' cannot be read: Is a directory"),
+        ({"CRANE_KEY_PEPPER_FILE": "{}/binary"}, "{}/binary' is not a file with text in it"),
+        ({"CRANE_KEY_PEPPER_FILE": "{}/short"}, "{}/short' must have at least 16 characters"),
+        ({"CRANE_DATABASE_URL_FILE": "{}/short"}, "{}/short' must be postgresql://"),
+        (
+            {"CRANE_KEY_PEPPER_FILE": "{}/short", "CRANE_KEY_PEPPER": "hunter2" * 3},
+            "CRANE_KEY_PEPPER_FILE and CRANE_KEY_PEPPER are both set; one must go",
+        ),
+        ({"CRANE_MODELS_FILE": "{}/short"}, "CRANE_MODELS_FILE is not a Crane setting"),
+        ({"CRANE_KEY_PEPER_FILE": "hunter2"}, "did you mean 'CRANE_KEY_PEPPER_FILE'?"),
+    ],
+)
+def test_a_fault_with_a_secrets_file_names_the_file_and_not_what_is_in_it(tmp_path, environ, says):
+    (tmp_path / "short").write_text("hunter2")
+    (tmp_path / "binary").write_bytes(b"hunter2\xff" * 5)
+    environ = {name: text.format(tmp_path) for name, text in environ.items()}
+    with pytest.raises(ValueError, match="Crane's settings are wrong") as caught:
+        Config.from_env(environ)
+    assert says.format(tmp_path) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__context__ is None  # which a traceback would show
+
+
+def test_a_secret_is_in_no_repr():
+    secrets = {"database_url": "postgresql://u:hunter2@db/c", "key_pepper": "hunter2" * 3}
+    assert {SETTINGS[name].name for name in SECRETS} == set(secrets)
+    assert "hunter2" not in repr(Config(**secrets))
 
 
 def test_names_of_other_programs_are_left_alone():
