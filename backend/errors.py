@@ -89,6 +89,11 @@ class Overloaded(CraneError):
     code = "OVERLOADED"
 
 
+class KeysUnavailable(CraneError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "KEYS_UNAVAILABLE"
+
+
 class DeadlineExceeded(CraneError):
     status = HTTPStatus.GATEWAY_TIMEOUT
     code = "TIMEOUT_ERROR"
@@ -121,6 +126,7 @@ ERRORS: dict[str, type[CraneError]] = {
         ModelLoading,
         ModelUnavailable,
         Overloaded,
+        KeysUnavailable,
         DeadlineExceeded,
         InternalError,
     )

@@ -11,6 +11,7 @@ import yaml
 
 from backend import create_app
 from backend.config import Config
+from tests.databases import Postgres
 from tests.serving import Gunicorn
 
 ECHO = {"id": "echo", "type": "echo"}
@@ -88,3 +89,20 @@ def gunicorn(tmp_path):
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A real PostgreSQL, shared by the whole run; ``postgres.new_url()`` is an empty database."""
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path):
+    """Settings of an empty database, once of each kind."""
+    settings = {"data_dir": tmp_path / "data"}
+    if request.param == "postgresql":
+        settings["database_url"] = request.getfixturevalue("postgres").new_url()
+    return settings

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["backend.errors", "backend.logs", "backend.media"],
     ["backend.media.fetch"],
-    ["backend.config", "backend.schemas"],
+    ["backend.private", "backend.key_text", "backend.migrations", "backend.migrations.versions.*"],
+    ["backend.config", "backend.schemas", "backend.postgres"],
+    ["backend.migrations.upgrade"],
+    ["backend.migrations.ready"],
+    ["backend.store"],
+    ["backend.keys"],
     ["backend.media.containers"],
     ["backend.media.parts", "backend.media.sound_kinds"],
     ["backend.media.audio", "backend.media.images", "backend.media.meshes", "backend.media.video"],
@@ -25,7 +30,7 @@ LAYERS = [
     ["backend.adapters.*"],
     ["backend.engine.*"],
     ["backend.models"],
-    ["backend.bodies", "backend.http", "backend.*_api"],
+    ["backend.bodies", "backend.http", "backend.cli", "backend.*_api"],
     ["backend"],
 ]
 MODEL_LIBRARIES = {
@@ -38,6 +43,7 @@ MODEL_LIBRARIES = {
     "tokenizers",
     "safetensors",
 }
+DATABASE_LIBRARIES = {"sqlalchemy", "alembic", "psycopg"}
 WEB_LIBRARIES = {"flask", "flask_cors", "werkzeug"}
 
 
@@ -99,7 +105,7 @@ def test_a_module_imports_nothing_above_it(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_flask_is_known_only_where_http_is_spoken(module):
     known = {name for name, _ in imports(module) if name.split(".")[0] in WEB_LIBRARIES}
-    speaks_http = module in ("backend", "backend.bodies", "backend.http")
+    speaks_http = module in ("backend", "backend.bodies", "backend.http", "backend.cli")
     assert not known or speaks_http or module.endswith("_api")
 
 
@@ -113,6 +119,15 @@ def test_model_libraries_are_imported_only_where_weights_load(module):
     assert [name for name, where in used if where == "top"] == []
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_the_database_is_known_only_to_the_store_and_its_migrations(module):
+    known = {(name.split(".")[0], where) for name, where in imports(module)}
+    used = {(name, where) for name, where in known if name in DATABASE_LIBRARIES}
+    allowed = {"backend.store": "sqlalchemy", "backend.postgres": "psycopg"}
+    if not module.startswith("backend.migrations."):
+        assert {name for name, _ in used} <= {allowed.get(module)}
+
+
 def imported_by(code):
     """The top-level names in ``sys.modules`` of a fresh interpreter that has run ``code``."""
     shown = f"{code}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}})"
@@ -123,7 +138,8 @@ def imported_by(code):
 
 
 def test_importing_crane_imports_no_model_library():
-    assert not imported_by("import backend") & (MODEL_LIBRARIES | WEB_LIBRARIES)
+    known = imported_by("import backend")
+    assert not known & (MODEL_LIBRARIES | WEB_LIBRARIES | DATABASE_LIBRARIES)
 
 
 def test_a_service_that_lists_its_models_and_says_it_lives_imports_no_model_library(tmp_path):
@@ -139,7 +155,7 @@ def test_a_service_that_lists_its_models_and_says_it_lives_imports_no_model_libr
         "echo = {'model_id': 'echo', 'input': 1}\n"
         "assert client.post('/crane/run', json=echo).status_code == 200\n"
     )
-    assert not imported_by(code) & MODEL_LIBRARIES
+    assert not imported_by(code) & (MODEL_LIBRARIES | DATABASE_LIBRARIES)
 
 
 def test_the_engine_and_its_supervisor_start_without_flask_and_without_a_model_library():

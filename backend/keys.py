@@ -1,0 +1,248 @@
+"""API keys: who may call. ``crane_<id>_<secret>``, of which only an HMAC is kept."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from backend.config import PEPPER_LENGTH, Config
+from backend.errors import KeysUnavailable
+from backend.key_text import id_of, is_id, looks_like_key, mac_of, mark_of, new_id, new_text
+from backend.private import kept_secret
+
+if TYPE_CHECKING:
+    from backend.store import Store
+
+logger = logging.getLogger("crane.keys")
+
+__all__ = ["TIERS", "Key", "KeyEnded", "Keys", "UnknownKey", "looks_like_key"]
+
+TIERS = ("free", "pro")
+
+CACHE_S = 3.0  # a revoked key stops within this and the time of one read
+CACHE_SIZE = 10_000  # keys; the one that was read the longest ago makes room
+USED_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What is known of a key, which is all but the key itself."""
+
+    id: str
+    owner: str
+    tier: str
+    models: frozenset[str] | None  # None: every model
+    created_at: datetime
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+    def state(self, now: datetime) -> str:
+        """``live``, ``revoked`` or ``expired``."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= now else "live"
+
+
+class UnknownKey(LookupError):
+    """There is no key of that id."""
+
+
+class KeyEnded(ValueError):
+    """A key that is revoked or expired, and cannot be made to work again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A key as it was in the database a moment ago."""
+
+    key: Key
+    mac: str = field(repr=False)
+    read_at: float
+
+
+class Keys:
+    """The keys of a service. Cheap to make: nothing is imported or opened before the first use.
+
+    All methods raise ``KeysUnavailable`` where the database, or the pepper, cannot be used.
+    """
+
+    def __init__(
+        self, config: Config, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._config = config
+        self._now = now
+        self._lock = threading.Lock()  # so that there is one store, and the tables keep their size
+        self._opened: tuple[Store, bytes] | None = None
+        self._seen: dict[str, _Seen] = {}
+        self._used: dict[str, float] = {}
+        self._warned = False
+
+    def find(self, text: str) -> Key | None:
+        """The key that ``text`` is, where it is whole, right, unexpired and not revoked."""
+        id_ = id_of(text)
+        if id_ is None:
+            return None
+        with _available():
+            store, pepper = self._open()
+            mac = mac_of(pepper, text)
+            seen = self._seen.get(id_)
+            if seen is None or monotonic() - seen.read_at > CACHE_S or not _same(seen, mac):
+                # Not the cached one's secret: the key may have been rotated a moment ago.
+                seen = self._read(store, pepper, id_)
+            if seen is None or not _same(seen, mac) or seen.key.state(self._now()) != "live":
+                return None
+            self._note_use(store, seen.key)
+        return seen.key
+
+    def create(
+        self,
+        *,
+        owner: str,
+        tier: str,
+        expires_at: datetime | None = None,
+        models: Iterable[str] | None = None,
+    ) -> tuple[Key, str]:
+        """Make a key; the text is told here and never again."""
+        with _available():
+            store, pepper = self._open()
+            only = None if models is None else sorted(models)
+            row, text = self._made(
+                pepper, owner=owner, tier=tier, expires_at=expires_at, models=only
+            )
+            store.add_key(row)
+        return _key(row), text
+
+    def create_first(self, *, owner: str, tier: str) -> str | None:
+        """Make a key where none was ever made; of all that race, on all hosts, one gets a text."""
+        with _available():
+            store, pepper = self._open()
+            if store.has_keys():
+                return None
+            row, text = self._made(pepper, owner=owner, tier=tier)
+            return text if store.add_first_key(row) else None
+
+    def list(self) -> list[Key]:
+        """All keys that were ever made, the oldest first."""
+        with _available():
+            return [_key(row) for row in self._open()[0].all_keys()]
+
+    def revoke(self, id: str) -> Key:
+        """Make a key stop working, for good. Raises ``UnknownKey``."""
+        with _available():
+            store, _ = self._open()
+            row = None
+            if is_id(id):  # a database may refuse to look for what is none
+                row = store.change_key(id, revoked_at=self._now()) or store.key(id)
+        self._forget(id)
+        if row is None:
+            raise UnknownKey(id)
+        return _key(row)
+
+    def rotate(self, id: str) -> tuple[Key, str]:
+        """Give a key a new secret; the old one stops. Raises ``UnknownKey`` and ``KeyEnded``."""
+        text = new_text(id)
+        with _available():
+            store, pepper = self._open()
+            row = store.key(id) if is_id(id) else None
+            if row is None:
+                raise UnknownKey(id)
+            if (state := _key(row).state(self._now())) != "live":
+                raise KeyEnded(f"key {id} is {state}")
+            row = store.change_key(id, mac=mac_of(pepper, text), pepper_mark=mark_of(pepper))
+        self._forget(id)
+        if row is None:  # revoked since it was read
+            raise KeyEnded(f"key {id} is revoked")
+        return _key(row), text
+
+    def close(self) -> None:
+        with self._lock:
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            opened[0].close()
+
+    def _open(self) -> tuple[Store, bytes]:
+        if self._opened is None:
+            with self._lock:
+                if self._opened is None:
+                    from backend.store import Store
+
+                    pepper = self._config.key_pepper or kept_secret(
+                        self._config.data_dir / "pepper", least=PEPPER_LENGTH
+                    )
+                    self._opened = Store(self._config), pepper.encode()
+        return self._opened
+
+    def _made(self, pepper: bytes, **known: Any) -> tuple[dict[str, Any], str]:
+        id_ = new_id()
+        text = new_text(id_)
+        made = {"id": id_, "mac": mac_of(pepper, text), "pepper_mark": mark_of(pepper)}
+        empty = dict.fromkeys(("models", "expires_at", "last_used_at", "revoked_at"))
+        return {**empty, **made, "created_at": self._now(), **known}, text
+
+    def _read(self, store: Store, pepper: bytes, id_: str) -> _Seen | None:
+        read_at = monotonic()
+        row = store.key(id_)
+        if row is None:  # not remembered: there is no end of ids that do not exist
+            return None
+        if row["pepper_mark"] != mark_of(pepper) and not self._warned:
+            self._warned = True
+            logger.warning(
+                "key %s was made with another pepper and cannot be recognised; "
+                "CRANE_KEY_PEPPER must be the same wherever the database is used",
+                id_,
+            )
+        seen = _Seen(_key(row), row["mac"], read_at)
+        with self._lock:
+            _put(self._seen, id_, seen)
+        return seen
+
+    def _forget(self, id_: str) -> None:
+        with self._lock:
+            self._seen.pop(id_, None)
+
+    def _note_use(self, store: Store, key: Key) -> None:
+        """Write down that a key was used, now and then; a call never fails for it."""
+        now = monotonic()
+        with self._lock:  # so that one of a key's many threads writes, and tries once
+            if now - self._used.get(key.id, -USED_EVERY_S) < USED_EVERY_S:
+                return
+            _put(self._used, key.id, now)
+        try:
+            store.change_key(key.id, last_used_at=self._now())
+        except OSError:
+            logger.warning("the use of key %s was not written down", key.id)
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # StoreError is one, and so is whatever keeps the pepper from us
+        raise KeysUnavailable(
+            "Keys cannot be looked up just now; try again in a few seconds.", retry_after_s=2
+        ) from error
+
+
+def _same(seen: _Seen, mac: str) -> bool:
+    return hmac.compare_digest(seen.mac, mac)
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    known = {name: row[name] for name in Key.__slots__}
+    return Key(**known | {"models": None if row["models"] is None else frozenset(row["models"])})
+
+
+def _put(table: dict[str, Any], id_: str, value: Any) -> None:
+    """Put in as the newest, and let the oldest go where there are too many."""
+    table.pop(id_, None)
+    table[id_] = value
+    if len(table) > CACHE_SIZE:
+        del table[next(iter(table))]
