@@ -18,7 +18,7 @@ def create_app(config: Config | None = None) -> Flask:
 
     from flask import Flask
 
-    from backend import bodies, crane_api, http, logs, ops_api
+    from backend import bodies, cli, crane_api, http, logs, ops_api
     from backend.config import Config
     from backend.engine.client import connect
     from backend.media.reader import MediaReader
@@ -42,4 +42,5 @@ def create_app(config: Config | None = None) -> Flask:
     http.install(app, config)
     app.register_blueprint(crane_api.bp)
     app.register_blueprint(ops_api.bp)
+    app.cli.add_command(cli.crane)
     return app

@@ -1,0 +1,132 @@
+"""The command line: ``flask --app wsgi crane …``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+
+import click
+from flask import current_app
+from flask.cli import AppGroup
+
+from backend.errors import KeysUnavailable, did_you_mean
+from backend.keys import TIERS, Key, KeyEnded, Keys, UnknownKey
+from backend.models import Crane
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+crane = AppGroup("crane", help="What an operator does beside the service, while it runs or not.")
+keys = AppGroup("keys", help="API keys: who may call.")
+crane.add_command(keys)
+
+
+@keys.command("create")
+@click.option("--owner", required=True, help="Whose key it is.")
+@click.option("--tier", required=True, help=f"One of {', '.join(TIERS)}.")
+@click.option("--expires", help="After 90m, 12h, 30d or 4w, or at 2030-01-31; else never.")
+@click.option("--models", help="The only models it may use: a,b.")
+def create(owner: str, tier: str, expires: str | None, models: str | None) -> None:
+    """Make a key, and print it alone on a line: it is shown this once."""
+    if not owner.strip() or len(owner) > 200 or not owner.isprintable():
+        raise click.ClickException("--owner must be a name of 1 to 200 printable characters")
+    if tier not in TIERS:
+        raise click.ClickException(f"there is no tier {tier!r}; it is one of: {', '.join(TIERS)}")
+    until = None if expires is None else expiry(expires, datetime.now(UTC))
+    allowed = None if models is None else known_models(models)
+    with opened() as of_service:
+        key, text = of_service.create(owner=owner, tier=tier, expires_at=until, models=allowed)
+    click.echo(f"Key {key.id} for {key.owner}; keep it now, it is not shown again:", err=True)
+    click.echo(text)
+
+
+@keys.command("list")
+def list_() -> None:
+    """Show every key that was ever made, without what would let anybody use it."""
+    now = datetime.now(UTC)
+    with opened() as of_service:
+        rows = [shown(key, now) for key in of_service.list()]
+    head = ("ID", "OWNER", "TIER", "STATE", "MODELS", "CREATED", "EXPIRES", "LAST USED", "REVOKED")
+    table = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+@keys.command("revoke")
+@click.argument("id")
+def revoke(id: str) -> None:
+    """Make a key stop working, for good."""
+    with opened() as of_service:
+        key = of_service.revoke(id)
+    click.echo(f"Key {key.id} of {key.owner} stops working within 5 s.", err=True)
+
+
+@keys.command("rotate")
+@click.argument("id")
+def rotate(id: str) -> None:
+    """Give a key a new secret, and print the key alone on a line; the old one stops."""
+    with opened() as of_service:
+        key, text = of_service.rotate(id)
+    click.echo(f"Key {key.id} for {key.owner}; the old one stops within 5 s:", err=True)
+    click.echo(text)
+
+
+@contextmanager
+def opened() -> Iterator[Keys]:
+    """The service's keys, and one line in place of whatever goes wrong with them."""
+    with closing(Keys(service().config)) as found:
+        try:
+            yield found
+        except UnknownKey as error:
+            known = [key.id for key in found.list() if key.revoked_at is None]
+            hint = did_you_mean(str(error), known) if len(known) <= 20 else "see keys list"
+            raise click.ClickException(f"there is no key {str(error)!r}; {hint}") from None
+        except KeyEnded as error:
+            raise click.ClickException(f"{error}; make a new one with keys create") from None
+        except KeysUnavailable as error:
+            raise click.ClickException(str(error.__cause__ or error)) from None
+
+
+def service() -> Crane:
+    parts: Crane = current_app.extensions["crane"]
+    return parts
+
+
+def expiry(text: str, now: datetime) -> datetime:
+    """The moment that ``30d`` from now is, or that a date names, at midnight UTC."""
+    try:
+        if match := re.fullmatch(r"([0-9]{1,9})([mhdw])", text, re.ASCII):
+            until = now + timedelta(**{_UNITS[match[2]]: int(match[1])})
+        else:
+            until = datetime.fromisoformat(text)
+            until = until.replace(tzinfo=UTC) if until.tzinfo is None else until.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise click.ClickException(
+            f"--expires {text!r} must be a time such as 90m, 12h, 30d or 4w, or a date such as "
+            f"{now.year + 1}-01-31"
+        ) from None
+    if until <= now:
+        raise click.ClickException(f"--expires {text!r} is not in the future")
+    return until
+
+
+def known_models(text: str) -> list[str]:
+    known = [spec.id for spec in service().registry]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise click.ClickException(f"--models names none; allowed are: {', '.join(sorted(known))}")
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known, what="allowed are")
+            raise click.ClickException(f"--models: there is no model {name!r}; {hint}")
+    return names
+
+
+def shown(key: Key, now: datetime) -> tuple[str, ...]:
+    models = "all" if key.models is None else ",".join(sorted(key.models))
+    times = (key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
+    told = (f"{time:%Y-%m-%d %H:%M}" if time else "-" for time in times)
+    return (key.id, key.owner, key.tier, key.state(now), models, *told)
