@@ -23,6 +23,7 @@ from backend.adapters.plain import plain
 from backend.tasks import TASKS
 from backend.tasks.generic import GENERIC, NOT_SERVED, dump_generic
 from tests import generic_checkpoints
+from tests.checkpoints import bart
 from tests.conftest import run
 from tests.generic_checkpoints import LABELS
 from tests.gpu import GPU
@@ -692,6 +693,18 @@ def test_a_task_whose_package_is_not_here_says_so(make_app, generic, monkeypatch
     answer = run(client, "it", {"table": table, "question": "how old?"})
     assert answer.status_code == 503
     assert "It needs pandas, which is not installed here." in answer.json["error"]["message"]
+
+
+def test_a_checkpoint_of_a_kind_that_cannot_be_asked_so_says_so(make_app, tmp_path):
+    bart(tmp_path / "bart")
+    entry_ = {"id": "it", "type": "table-question-answering", "hf_model": str(tmp_path / "bart")}
+    table = {"columns": ["tower"], "rows": [["old"]]}
+    answer = run(make_app([entry_]).test_client(), "it", {"table": table, "question": "how old?"})
+    assert answer.status_code == 503
+    assert (
+        "a model of the kind 'bart'; for this task it must be 'tapas'"
+        in (answer.json["error"]["message"])
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="it is here")

@@ -56,6 +56,11 @@ class GenericPipeline(Adapter):
                 raise ModelUnavailable(why) from error
             raise
         model = self.pipeline.model
+        if call.model_types and model.config.model_type not in call.model_types:
+            raise ModelUnavailable(
+                f"Its checkpoint is for a model of the kind {model.config.model_type!r}; for this "
+                f"task it must be {' or '.join(map(repr, call.model_types))}."
+            )
         quantize([model], self.spec.memory, self.device)
         model.eval()
         model.register_forward_pre_hook(self._stop_if_cancelled)

@@ -24,11 +24,15 @@ from backend.adapters.generic_texts import ask_document, ask_table, decide, text
 
 @dataclass(frozen=True)
 class Call:
-    """How to ask; the packages that the task needs, and those that some checkpoints need."""
+    """How to ask; the packages that the task needs, and those that some checkpoints need.
+
+    ``model_types`` are the kinds of models that can be asked so, where not all are.
+    """
 
     ask: Callable[[Any, Any, Mapping[str, Any]], Answer]
     needs: tuple[str, ...] = ()
     may_need: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
 
 
 CALLS = {
@@ -41,6 +45,6 @@ CALLS = {
     "zero-shot-object-detection": Call(find_objects, may_need=("torchvision", "timm")),
     "keypoint-matching": Call(match_keypoints, may_need=("torchvision",)),
     "document-question-answering": Call(ask_document, may_need=("torchvision", "pytesseract")),
-    "table-question-answering": Call(ask_table, needs=("pandas",)),
+    "table-question-answering": Call(ask_table, needs=("pandas",), model_types=("tapas",)),
     "decision": Call(decide, may_need=("torchvision", "peft")),
 }
