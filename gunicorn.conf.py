@@ -84,33 +84,61 @@ _supervisor: subprocess.Popen[bytes] | None = None
 _sockets: Path | None = None
 
 
+def with_path(environ):
+    return {**environ, "PYTHONPATH": f"{HERE}{os.pathsep}{environ.get('PYTHONPATH', '')}"}
+
+
 def when_ready(server):
     global _supervisor, _sockets
     # A reload reads this file anew, and would leave the engine with the settings of before.
     signal.signal(signal.SIGHUP, lambda *_: server.log.warning("HUP is ignored: restart instead"))
+    _sockets = socket_folder(settings.data_dir)
+    # Where the HTTP workers count together; new at each start, for a counter begins at 0.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_sockets / "metrics")
+    (_sockets / "metrics").mkdir()
     if settings.engine == "process":
-        _sockets = socket_folder(settings.data_dir)
         os.environ["CRANE_ENGINE_SOCKET"] = str(_sockets / "engine.sock")
         _supervisor = subprocess.Popen(
             [sys.executable, "-m", "backend.engine.supervisor"],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for the HTTP workers, which drain first
-            env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.getenv('PYTHONPATH', '')}"},
+            env=with_path(os.environ),
         )
     host, port = server.LISTENERS[0].sock.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = first_key() if settings.needs_keys else ""
+    if key:
+        print(f"\nCallers need an API key here. This is the first, shown this once:\n\n{key}\n")
+    header = f"  -H 'Authorization: Bearer {key or 'YOUR_KEY'}' \\\n" if settings.needs_keys else ""
     print(
         f"\nCrane listens at {address}. Try it:\n\n"
-        f"curl {address}/crane/run -H 'Content-Type: application/json' \\\n"
+        f"curl {address}/crane/run -H 'Content-Type: application/json' \\\n{header}"
         '  -d \'{"model_id": "text-embedder-v1", "input": "Cranes dance."}\'\n',
         flush=True,
     )
+
+
+def first_key():
+    """A key where none was ever made; by a process of its own, which a database's client is in."""
+    done = subprocess.run(
+        [sys.executable, "-m", "backend.keys"],
+        env=with_path(os.environ),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return done.stdout.strip()
 
 
 def post_fork(server, worker):
     # The lifeline is the master's alone: a worker that outlives it must not hold it open.
     if _supervisor is not None:
         os.close(_supervisor.stdin.fileno())
+
+
+def child_exit(server, worker):
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.pid)
 
 
 def on_exit(server):

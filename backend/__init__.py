@@ -18,10 +18,13 @@ def create_app(config: Config | None = None) -> Flask:
 
     from flask import Flask
 
-    from backend import bodies, cli, crane_api, http, logs, ops_api
+    from backend import bodies, cli, crane_api, http, logs, ops_api, quota_api
+    from backend.callers import Callers
     from backend.config import Config
     from backend.engine.client import connect
+    from backend.keys import Keys
     from backend.media.reader import MediaReader
+    from backend.meter import Meter
     from backend.models import Crane
     from backend.registry import Registry
 
@@ -30,6 +33,7 @@ def create_app(config: Config | None = None) -> Flask:
     registry = Registry.load(config.models)
     engine = connect(config, registry)
     atexit.register(engine.close)
+    keys, meter = Keys(config), Meter(config)
 
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = config.max_body
@@ -37,10 +41,25 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["MAX_FORM_PARTS"] = bodies.MAX_FORM_PARTS
     places = threading.BoundedSemaphore(config.threads)
     app.extensions["crane"] = Crane(
-        config=config, registry=registry, engine=engine, media=MediaReader(config), places=places
+        config=config,
+        registry=registry,
+        engine=engine,
+        media=MediaReader(config),
+        callers=Callers(config, keys, meter),
+        meter=meter,
+        places=places,
     )
+    if config.trusted_proxies:
+        from werkzeug.middleware.proxy_fix import ProxyFix
+
+        # Only the addresses that our own proxies wrote down; what stands before them anybody may.
+        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
+            app.wsgi_app, x_for=config.trusted_proxies, x_proto=0, x_host=0
+        )
     http.install(app, config)
+    quota_api.install(app)
     app.register_blueprint(crane_api.bp)
+    app.register_blueprint(quota_api.bp)
     app.register_blueprint(ops_api.bp)
     app.cli.add_command(cli.crane)
     return app

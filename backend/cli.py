@@ -12,7 +12,7 @@ from flask import current_app
 from flask.cli import AppGroup
 
 from backend.errors import KeysUnavailable, did_you_mean
-from backend.keys import TIERS, Key, KeyEnded, Keys, UnknownKey
+from backend.keys import Key, KeyEnded, Keys, UnknownKey
 from backend.models import Crane
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -24,15 +24,16 @@ crane.add_command(keys)
 
 @keys.command("create")
 @click.option("--owner", required=True, help="Whose key it is.")
-@click.option("--tier", required=True, help=f"One of {', '.join(TIERS)}.")
+@click.option("--tier", required=True, help="One of CRANE_TIERS.")
 @click.option("--expires", help="After 90m, 12h, 30d or 4w, or at 2030-01-31; else never.")
 @click.option("--models", help="The only models it may use: a,b.")
 def create(owner: str, tier: str, expires: str | None, models: str | None) -> None:
     """Make a key, and print it alone on a line: it is shown this once."""
     if not owner.strip() or len(owner) > 200 or not owner.isprintable():
         raise click.ClickException("--owner must be a name of 1 to 200 printable characters")
-    if tier not in TIERS:
-        raise click.ClickException(f"there is no tier {tier!r}; it is one of: {', '.join(TIERS)}")
+    tiers = service().config.tiers
+    if tier not in tiers:
+        raise click.ClickException(f"there is no tier {tier!r}; it is one of: {', '.join(tiers)}")
     until = None if expires is None else expiry(expires, datetime.now(UTC))
     allowed = None if models is None else known_models(models)
     with opened() as of_service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from backend.errors import did_you_mean
 from backend.media.fetch import media_hosts
+from backend.quota.tiers import DEFAULT_TIERS, Tier, tiers
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -112,6 +114,27 @@ def pepper(text: str) -> str:
     return text
 
 
+def redis_url(text: str) -> str:
+    user = r"(?:[^\s@/?#]*@)?"
+    options = r"(?:\?[^\s#]*)?"
+    network = (
+        rf"rediss?://{user}(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?(?:/[0-9]*)?"
+    )
+    if not re.fullmatch(rf"(?:{network}|unix://{user}/[^\s?#]+){options}", text):
+        raise ValueError(
+            "must be redis://:password@host:6379/0, rediss://… or unix:///path/to/socket, "
+            "where marks in a name or password are percent-encoded"
+        )
+    return text
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def cores() -> int:
     """The cores this process may use, which ``taskset`` or a container may have made fewer."""
     if hasattr(os, "sched_getaffinity"):
@@ -166,6 +189,12 @@ class Config:
     media_hosts: tuple[str, ...] = _setting("MEDIA_HOSTS", media_hosts, ())
     database_url: str | None = _setting("DATABASE_URL", database_url, None, secret=True)
     key_pepper: str | None = _setting("KEY_PEPPER", pepper, None, secret=True)
+    auth: str = _setting("AUTH", one_of("auto", "required", "off"), "auto")
+    quota: str = _setting("QUOTA", one_of("on", "off"), "on")
+    tiers: dict[str, Tier] = _setting("TIERS", tiers, lambda: tiers(DEFAULT_TIERS))
+    quota_on_outage: str = _setting("QUOTA_ON_OUTAGE", one_of("local", "allow", "deny"), "local")
+    redis_url: str | None = _setting("REDIS_URL", redis_url, None, secret=True)
+    trusted_proxies: int = _setting("TRUSTED_PROXIES", whole(0, 10), 0)
     allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
     log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
     log_format: str = _setting("LOG_FORMAT", one_of("auto", "json", "console"), "auto")
@@ -218,6 +247,13 @@ class Config:
             except ValueError as error:
                 faults += str(error).split("\n")
         raise ValueError("Crane's settings are wrong:\n" + "\n".join(f"  {f}" for f in faults))
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether a caller must have a key: unless told, where others than this host may call."""
+        if self.auth == "auto":
+            return not _is_loopback(self.bind.rpartition(":")[0].strip("[]"))
+        return self.auth == "required"
 
     @property
     def engine_threads(self) -> tuple[int, int]:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g
+from flask import Blueprint, Response, g
 
-from backend.bodies import bare, request_body, wanted_format
+from backend.bodies import bare, wanted_format
 from backend.engine.calls import ModelStatus
 from backend.errors import ModelUnavailable
-from backend.models import Crane, run_model
+from backend.models import run_model
+from backend.quota_api import crane
 from backend.registry import ModelSpec
-from backend.schemas import RunRequest, load
 from backend.tasks import TASKS
 
 bp = Blueprint("crane", __name__, url_prefix="/crane")
 
-_RUN_REQUEST = RunRequest()
-
 
 @bp.post("/run")
 def run() -> Response | dict[str, Any]:
-    body = load(_RUN_REQUEST, request_body())
-    g.log["model_id"] = body["model_id"][:100]
-    spec = crane().registry.get(body["model_id"])
+    body, spec = g.body, g.spec  # which the hook has read, and found
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
@@ -36,6 +32,7 @@ def run() -> Response | dict[str, Any]:
             request_id=g.request_id,
             one_output=format_ is not None,
         )
+    g.usage = metadata["usage"]
     g.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
     if format_ is not None:
         return bare(output, metadata)
@@ -45,18 +42,15 @@ def run() -> Response | dict[str, Any]:
 @bp.get("/models")
 def models() -> dict[str, Any]:
     states = model_states()
-    return {"models": [describe(spec, states.get(spec.id, {})) for spec in crane().registry]}
+    allowed = [spec for spec in crane().registry if g.caller.may_use(spec.id)]
+    return {"models": [describe(spec, states.get(spec.id, {})) for spec in allowed]}
 
 
 @bp.get("/models/<model_id>")
 def model(model_id: str) -> dict[str, Any]:
     spec = crane().registry.get(model_id)
+    g.caller.check_may_use(spec.id)
     return describe(spec, model_states().get(spec.id, {}))
-
-
-def crane() -> Crane:
-    parts: Crane = current_app.extensions["crane"]
-    return parts
 
 
 def model_states() -> dict[str, Any]:

@@ -12,7 +12,8 @@ class CraneError(Exception):
     """An expected failure that knows its HTTP answer.
 
     The message is for the caller: what happened, what was expected, what to do. ``details`` is
-    JSON that names each fault; ``retry_after_s`` becomes the ``Retry-After`` header.
+    JSON that names each fault; ``retry_after_s`` becomes the ``Retry-After`` header, and
+    ``headers`` are sent besides.
     """
 
     status: ClassVar[HTTPStatus]
@@ -24,11 +25,13 @@ class CraneError(Exception):
         *,
         details: Mapping[str, Any] | None = None,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.details = dict(details or {})
         self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
 
     @classmethod
     def of(cls, faults: Mapping[str, str]) -> Self:
@@ -42,6 +45,19 @@ class CraneError(Exception):
 class InvalidRequest(CraneError):
     status = HTTPStatus.BAD_REQUEST
     code = "VALIDATION_ERROR"
+
+
+class InvalidApiKey(CraneError):
+    status = HTTPStatus.UNAUTHORIZED
+    code = "INVALID_API_KEY"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(CraneError):
+    status = HTTPStatus.FORBIDDEN
+    code = "FORBIDDEN"
 
 
 class ModelNotFound(CraneError):
@@ -72,6 +88,21 @@ class PayloadTooLarge(CraneError):
 class UnsupportedMediaType(CraneError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class RateLimitExceeded(CraneError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "RATE_LIMIT_EXCEEDED"
+
+
+class ConcurrencyLimitExceeded(CraneError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "CONCURRENCY_LIMIT_EXCEEDED"
+
+
+class QuotaUnavailable(CraneError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "QUOTA_UNAVAILABLE"
 
 
 class ModelLoading(CraneError):
@@ -117,12 +148,17 @@ ERRORS: dict[str, type[CraneError]] = {
     error.code: error
     for error in (
         InvalidRequest,
+        InvalidApiKey,
+        Forbidden,
         ModelNotFound,
         RouteNotFound,
         MethodNotAllowed,
         NotAcceptable,
         PayloadTooLarge,
         UnsupportedMediaType,
+        RateLimitExceeded,
+        ConcurrencyLimitExceeded,
+        QuotaUnavailable,
         ModelLoading,
         ModelUnavailable,
         Overloaded,

@@ -14,6 +14,7 @@ from flask import Flask, Response, g, jsonify, request
 from flask.json.provider import JSONProvider
 from werkzeug.exceptions import HTTPException
 
+from backend import metrics
 from backend.config import Config
 from backend.errors import (
     CraneError,
@@ -82,8 +83,13 @@ def install(app: Flask, config: Config) -> None:
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=[
                 "Content-Disposition",
+                "RateLimit",
+                "RateLimit-Policy",
                 "Retry-After",
                 "X-Crane-Metadata",
+                "X-RateLimit-Limit",
+                "X-RateLimit-Remaining",
+                "X-RateLimit-Reset",
                 "X-Request-ID",
             ],
             max_age=600,
@@ -110,6 +116,7 @@ def finish(response: Response) -> Response:
         **g.log,
     }
     logger.info("request", extra={"fields": fields})
+    metrics.REQUESTS.labels(fields["route"] or "none", response.status_code).inc()
     return response
 
 
@@ -120,6 +127,7 @@ def render(error: CraneError) -> Response:
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    response.headers.update(error.headers)
     return response
 
 

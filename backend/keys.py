@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hmac
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from backend import logs
 from backend.config import PEPPER_LENGTH, Config
 from backend.errors import KeysUnavailable
 from backend.key_text import id_of, is_id, looks_like_key, mac_of, mark_of, new_id, new_text
@@ -22,9 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crane.keys")
 
-__all__ = ["TIERS", "Key", "KeyEnded", "Keys", "UnknownKey", "looks_like_key"]
-
-TIERS = ("free", "pro")
+__all__ = ["Key", "KeyEnded", "Keys", "UnknownKey", "looks_like_key"]
 
 CACHE_S = 3.0  # a revoked key stops within this and the time of one read
 CACHE_SIZE = 10_000  # keys; the one that was read the longest ago makes room
@@ -246,3 +246,21 @@ def _put(table: dict[str, Any], id_: str, value: Any) -> None:
     table[id_] = value
     if len(table) > CACHE_SIZE:
         del table[next(iter(table))]
+
+
+def main() -> None:
+    """Print a key for the widest tier, alone on a line, if none was ever made."""
+    config = Config.from_env()
+    logs.set_up(config.log_level, config.log_format)
+    widest = max(config.tiers.values(), key=lambda tier: tier.limits[0].per_second)
+    with closing(Keys(config)) as keys:
+        try:
+            text = keys.create_first(owner="first", tier=widest.name)
+        except KeysUnavailable as error:
+            sys.exit(f"No first API key could be made: {error.__cause__ or error}")
+    if text is not None:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import Any
 
+from backend.callers import Callers
 from backend.config import Config
 from backend.engine.calls import Answer, Call
 from backend.engine.client import EngineClient
 from backend.errors import InvalidRequest, NotAcceptable, Overloaded
 from backend.media.reader import MediaReader, Reading
+from backend.meter import Meter
 from backend.registry import ModelSpec, Registry
 from backend.schemas import check_depth, check_text, load
 from backend.tasks import TASKS, Task
@@ -30,6 +32,8 @@ class Crane:
     registry: Registry
     engine: EngineClient
     media: MediaReader
+    callers: Callers
+    meter: Meter
     places: BoundedSemaphore
 
     @contextmanager

@@ -6,10 +6,11 @@ import time
 from collections import Counter
 from typing import Any
 
-from flask import Blueprint
+from flask import Blueprint, Response
 
-from backend.crane_api import crane
+from backend import metrics
 from backend.errors import ModelUnavailable
+from backend.quota_api import crane
 
 bp = Blueprint("ops", __name__)
 
@@ -41,5 +42,12 @@ def readyz() -> tuple[dict[str, Any], int]:
             "unloaded": sum(1 for spec in crane().registry if spec.id not in models),
             **Counter(model["state"] for model in models.values()),
         }
+    if crane().config.quota == "on":
+        condition["quota"] = crane().meter.status()
     ready = "not ready" if reasons else "ready"
     return {"status": ready, "reasons": reasons, **condition}, 503 if reasons else 200
+
+
+@bp.get("/metrics", endpoint="metrics")
+def metrics_page() -> Response:
+    return Response(metrics.dump(), content_type=metrics.CONTENT_TYPE)

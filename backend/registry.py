@@ -13,10 +13,12 @@ import yaml
 from marshmallow import ValidationError, validate
 
 from backend.errors import ModelNotFound, did_you_mean
+from backend.quota.costs import Cost
 from backend.schemas import (
     Boolean,
     Choice,
     Integer,
+    Number,
     ObjectOf,
     StrictField,
     StrictSchema,
@@ -26,6 +28,7 @@ from backend.schemas import (
 )
 from backend.tasks import TASKS, Options
 
+MAX_COST = 1_000_000  # units
 DTYPES = ["auto", "float32", "float16", "bfloat16"]
 
 # A Hub id has no path to it; what has one is a folder, and says so with its first character.
@@ -61,6 +64,31 @@ class Digests(ObjectField):
         if faults:
             raise ValidationError(faults)
         return value
+
+
+class Costs(StrictSchema):
+    """What a call costs, in units of its caller's quota."""
+
+    per_request = Number(low=0, high=MAX_COST)
+    per_image = Number(low=0, high=MAX_COST)
+    per_1k_tokens = Number(low=0, high=MAX_COST)
+    per_audio_minute = Number(low=0, high=MAX_COST)
+
+
+class CostField(StrictField):
+    """A number, for each request, or an object that says for what."""
+
+    type_name = "number or object"
+    expected = "a number or a mapping"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (int, float, dict)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Cost:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if type(value) is not dict:
+            value = {"per_request": value}
+        return Cost(**Costs().load(value))
 
 
 class Memory(StrictSchema):
@@ -114,6 +142,7 @@ class Entry(StrictSchema):
     memory = ObjectOf(Memory, load_default=dict)
     compile = Boolean(load_default=False)
     max_batch_size = Integer(low=1, high=4096, load_default=32)
+    cost = CostField(load_default=Cost(per_request=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +163,7 @@ class ModelSpec:
     memory: Mapping[str, Any] = field(default_factory=dict)
     compile: bool = False
     max_batch_size: int = 32
+    cost: Cost = Cost(per_request=1)
     folder: Path = Path()
     options_schema: Options = field(repr=False, compare=False)
 

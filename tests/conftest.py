@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from backend import create_app
+from backend.adapters import ADAPTERS
+from backend.adapters.base import Adapter
 from backend.config import Config
+from backend.tasks import TASKS, Options
 from tests.databases import Postgres
 from tests.serving import Gunicorn
 
@@ -46,7 +50,7 @@ def make_app(tmp_path):
     apps = []
 
     def make(entries=(ECHO,), **settings):
-        settings = {"dtype": "float32", "log_format": "json"} | settings
+        settings = {"dtype": "float32", "log_format": "json", "quota": "off"} | settings
         models = write_models(tmp_path, list(entries))
         app = create_app(Config(models=models, data_dir=tmp_path / "data", **settings))
         apps.append(app)
@@ -55,6 +59,20 @@ def make_app(tmp_path):
     yield make
     for app in apps:
         app.extensions["crane"].engine.close()
+        app.extensions["crane"].meter.close()
+
+
+@pytest.fixture
+def add_task(monkeypatch):
+    """Put a task and its adapter into the tables, as a developer would: a line in each."""
+
+    def add(name: str, adapter: type[Adapter], options: type[Options] = TASKS["echo"].options):
+        task = replace(TASKS["echo"], name=name, options=options, example=("hi", {}))
+        monkeypatch.setitem(TASKS, name, task)
+        monkeypatch.setitem(ADAPTERS, name, adapter)
+        return {"id": name, "type": name}
+
+    return add
 
 
 @pytest.fixture

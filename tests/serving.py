@@ -29,6 +29,7 @@ class Gunicorn:
             "CRANE_BIND": "127.0.0.1:0",
             "CRANE_DTYPE": "float32",
             "CRANE_LOG_FORMAT": "json",
+            "CRANE_QUOTA": "off",
             "PYTHONUNBUFFERED": "1",
         }
         env |= {name: str(value) for name, value in settings.items()}

@@ -15,6 +15,7 @@ import yaml
 
 from backend.config import Config, duration, size
 from backend.engine.supervisor import END_TIMEOUT_S
+from backend.quota.tiers import Limit, Tier
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,6 +70,23 @@ SETTINGS = {field.metadata["name"]: field for field in fields(Config)}
             )
         ),
         ("KEY_PEPPER", "sixteen letters!", "sixteen letters!"),
+        ("AUTH", "required", "required"),
+        ("QUOTA", "off", "off"),
+        ("TIERS", "free 1/hour", {"free": Tier("free", (Limit("rate", 1, 3600),), 100)}),
+        (
+            "TIERS",
+            "free: 60/minute concurrency=5; top-1 = budget=9/day 2/second,",
+            {
+                "free": Tier("free", (Limit("rate", 60, 60),), 5),
+                "top-1": Tier("top-1", (Limit("rate", 2, 1), Limit("budget", 9, 86_400)), 100),
+            },
+        ),
+        ("QUOTA_ON_OUTAGE", "deny", "deny"),
+        *(
+            ("REDIS_URL", url, url)
+            for url in ("redis://:s3cr3t@db:6379/0", "rediss://db", "unix:///run/redis.sock?db=1")
+        ),
+        ("TRUSTED_PROXIES", "2", 2),
         ("ALLOWED_ORIGINS", "", ()),
         ("ALLOWED_ORIGINS", "*", ("*",)),
         ("ALLOWED_ORIGINS", "https://a.com, http://b:80", ("https://a.com", "http://b:80")),
@@ -132,6 +150,27 @@ def test_a_good_value_is_taken(name, text, value):
         ("DATABASE_URL", "postgresql://u:hunter2/3@db/crane", "must be postgresql://"),
         ("DATABASE_URL", "postgresql://u:hunter2#@db/crane", "must be postgresql://"),
         ("KEY_PEPPER", "hunter2hunter2!", "must have at least 16 characters"),
+        ("AUTH", "on", "must be one of auto, required, off"),
+        ("QUOTA", "yes", "must be one of on, off"),
+        ("TIERS", "", "must have a tier 'free'"),
+        ("TIERS", "pro 60/minute", "must have a tier 'free'"),
+        ("TIERS", "free", "must be tiers such as 'free 60/minute, pro 600/minute', not 'free'"),
+        ("TIERS", "free 60/minute, free 6/day", "has the tier 'free' twice"),
+        ("TIERS", "free 60", "has '60' for 'free'; a tier has a rate (60/minute,"),
+        ("TIERS", "free 60/fortnight", "has '60/fortnight' for 'free'; a tier has a rate"),
+        ("TIERS", "free concurrency=5", "has no rate for 'free', such as 60/minute"),
+        ("TIERS", "free 60/minute budget=5", "has 'budget=5' for 'free'; a tier has a rate"),
+        ("TIERS", "free 6/hour budget=5/hour", "has 'budget=5/hour' for 'free'; a tier has"),
+        ("TIERS", "free 6/hour concurrency=5/day", "has 'concurrency=5/day' for 'free'; a tier"),
+        ("TIERS", "free 60/minute 6/hour", "has two terms for the rate of 'free'"),
+        ("TIERS", "free 0/minute", "has '0/minute' for 'free', which must be from 1 to"),
+        ("TIERS", "free -1/minute", "has '-1/minute' for 'free'; a tier has a rate"),
+        ("QUOTA_ON_OUTAGE", "ignore", "must be one of local, allow, deny"),
+        ("REDIS_URL", "http://hunter2", "must be redis://:password@host:6379/0, rediss://… or"),
+        ("REDIS_URL", "redis://u:hunter2@db:port", "must be redis://"),
+        ("REDIS_URL", "redis://hunter2/@db", "must be redis://"),
+        ("REDIS_URL", "unix://hunter2", "must be redis://"),
+        ("TRUSTED_PROXIES", "all", "must be a whole number from 0 to 10"),
         ("ALLOWED_ORIGINS", "a.com", "'a.com' is not an origin such as https://app.example.com"),
         ("ALLOWED_ORIGINS", "https://a.com/", "is not an origin"),
         ("ALLOWED_ORIGINS", "https://*.a.com", "is not an origin"),
@@ -195,7 +234,7 @@ def test_settings_that_disagree_are_told_at_once():
         ("CRANE_REQUEST_TIMEOT", "did you mean 'CRANE_REQUEST_TIMEOUT'?"),
         ("CRANE_MODEL", "did you mean 'CRANE_MODELS'?"),
         ("CRANE_request_timeout", "CRANE_request_timeout is not a Crane setting"),
-        ("CRANE_" + "Z" * 40, "it is one of: CRANE_ALLOWED_ORIGINS, CRANE_BIND, "),
+        ("CRANE_" + "Z" * 40, "it is one of: CRANE_ALLOWED_ORIGINS, CRANE_AUTH, "),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
@@ -243,6 +282,7 @@ def test_a_fault_with_a_secrets_file_names_the_file_and_not_what_is_in_it(tmp_pa
 
 def test_a_secret_is_in_no_repr():
     secrets = {"database_url": "postgresql://u:hunter2@db/c", "key_pepper": "hunter2" * 3}
+    secrets["redis_url"] = "redis://u:hunter2@db"
     assert {SETTINGS[name].name for name in SECRETS} == set(secrets)
     assert "hunter2" not in repr(Config(**secrets))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
@@ -17,19 +16,6 @@ from backend.errors import InvalidRequest, ModelUnavailable
 from backend.schemas import Boolean, Integer
 from backend.tasks import TASKS, Options
 from tests.conftest import ECHO, run
-
-
-@pytest.fixture
-def add_task(monkeypatch):
-    """Put a task and its adapter into the tables, as a developer would: a line in each."""
-
-    def add(name: str, adapter: type[Adapter], options: type[Options] = TASKS["echo"].options):
-        task = replace(TASKS["echo"], name=name, options=options, example=("hi", {}))
-        monkeypatch.setitem(TASKS, name, task)
-        monkeypatch.setitem(ADAPTERS, name, adapter)
-        return {"id": name, "type": name}
-
-    return add
 
 
 def at_once(count, call):

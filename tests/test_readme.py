@@ -22,6 +22,7 @@ from backend.config import Config
 from backend.errors import ERRORS
 from backend.media.reader import MediaReader
 from backend.models import load_inputs
+from backend.quota.costs import Cost
 from backend.registry import Registry
 from backend.schemas import RunRequest
 from backend.schemas import load as load_schema
@@ -48,6 +49,7 @@ def commands():
 
 
 CURLS = [(command, shown) for command, shown in commands() if command.startswith("curl ")]
+KEY_COMMANDS = [command for command, _ in commands() if " crane keys " in command]
 OTHERS = [command for command, _ in commands() if not command.startswith("curl ")]
 
 # Differ from call to call, or from machine to machine; their kind is compared.
@@ -60,6 +62,8 @@ VARYING = {
     "uptime_s",
     "request_id",
     "batch_size",
+    "left",
+    "reset_s",
 }
 
 
@@ -202,7 +206,32 @@ def test_every_other_command_is_one_that_works(command):
             if option == "--stop-timeout":
                 assert int(value) > Config().request_timeout_s
     else:
-        assert command in ("git clone REPOSITORY crane", "cd crane")
+        known = command in ("git clone REPOSITORY crane", "cd crane")
+        assert known or command in KEY_COMMANDS  # which are run below
+
+
+def test_the_commands_for_keys_work_beside_the_service(shipped):
+    made, listed = (bash(command, cwd=shipped.folder) for command in KEY_COMMANDS)
+    assert re.fullmatch(r"crane_\w+_\w+\n", made)
+    assert "billing" in listed
+    assert made.strip() not in listed
+    status, quota = shipped.get("/crane/quota", Authorization=f"Bearer {made.strip()}")
+    assert (status, quota["tier"]) == (200, "pro")
+    assert quota["models"] == ["echo", "text-embedder-v1"]
+
+
+def test_the_headers_of_a_quota_are_those_that_are_shown(shipped):
+    [block] = [text for kind, text in BLOCKS if kind == "" and "RateLimit-Policy" in text]
+    _, headers, _ = shipped.request(
+        "POST",
+        "/crane/run",
+        b'{"model_id": "echo", "input": 1}',
+        {"Content-Type": "application/json"},
+    )
+    for line in block.splitlines():
+        name, _, shown = line.partition(": ")
+        kind = re.sub("[0-9]+", "N", shown.replace("pro", "free"))
+        assert re.sub("[0-9]+", "N", headers[name]) == kind
 
 
 def test_every_make_target_that_is_named_exists():
@@ -305,13 +334,15 @@ def test_a_request_is_logged_as_shown(shipped):
 
 
 def test_the_examples_of_models_are_entries_that_load(tmp_path):
-    specs = []
+    specs = {}
     for text in [text for kind, text in BLOCKS if kind == "yaml"]:
         (tmp_path / "models.yaml").write_text(text)
-        specs += Registry.load(tmp_path / "models.yaml")
-    assert specs[0].options_schema.load({})["num_beams"] == 8
-    assert specs[1].memory == {"quantize": "int8", "offload": "model", "vae_tiling": True}
-    assert not {spec.id for spec in specs} & {shipped.id for shipped in REGISTRY}
+        specs |= {spec.id: spec for spec in Registry.load(tmp_path / "models.yaml")}
+    assert specs["text-summarizer-v2"].options_schema.load({})["num_beams"] == 8
+    memory = {"quantize": "int8", "offload": "model", "vae_tiling": True}
+    assert specs["large-image-generator-v1"].memory == memory
+    assert specs["studio-v1"].cost == Cost(per_request=1, per_image=4)
+    assert not set(specs) & {shipped.id for shipped in REGISTRY}
 
 
 def test_the_example_of_a_task_is_all_that_a_task_needs(make_app, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from backend.errors import ModelNotFound
+from backend.quota.costs import Cost
 from backend.registry import Entry, Memory, Registry
 from backend.tasks import TASKS
 
@@ -63,7 +64,23 @@ FAULTY = {
         "max_bach_size: 8",
         "models[0].max_bach_size is not known here; did you mean 'max_batch_size'?",
     ),
-    "a key like none": ("zzzzzz: 8", "is not known here; it is one of: compile, device, dtype, "),
+    "a cost that is none": (
+        "cost: cheap",
+        "models[0].cost must be a number or a mapping, not a string",
+    ),
+    "a cost below nothing": ("cost: -1", "models[0].cost.per_request must be at least 0, not -1"),
+    "a cost for what there is none of": (
+        "cost: {per_picture: 1}",
+        "models[0].cost.per_picture is not known here; did you mean",
+    ),
+    "a cost that is not a number": (
+        "cost: {per_image: true}",
+        "models[0].cost.per_image must be a number, not a boolean",
+    ),
+    "a key like none": (
+        "zzzzzz: 8",
+        "is not known here; it is one of: compile, cost, device, dtype, ",
+    ),
     "a key that is a number": ("5: 8", "models[0].5 is not known here; it is one of: "),
     "a key twice": ("id: n", "models[0].id is there twice"),
     "a way to save memory that is none": (
@@ -357,6 +374,7 @@ def test_an_entry_takes_every_key_there_is(load):
         "options: {top_k: 4}\nlimits: {top_k: 5}\ndtype: float16\ndevice: cuda:1\n"
         "load: {variant: fp16}\nmax_batch_size: 7\ncompile: true\n"
         "memory: {quantize: int8, offload: model, vae_tiling: true}\n"
+        "cost: {per_request: 1, per_image: 0.5}\n"
     )
     spec = load(entry(text)).get("m")
     assert set(yaml.safe_load(entry(text))["models"][0]) == KEYS
@@ -365,7 +383,21 @@ def test_an_entry_takes_every_key_there_is(load):
     assert spec.load_kwargs == {"variant": "fp16"}
     assert spec.compile is True
     assert spec.memory == {"quantize": "int8", "offload": "model", "vae_tiling": True}
+    assert spec.cost == Cost(per_request=1, per_image=0.5)
     assert spec.weights() == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("text", "cost"),
+    [
+        ("", Cost(per_request=1)),
+        ("cost: 0", Cost()),
+        ("cost: 2.5", Cost(per_request=2.5)),
+        ("cost: {per_1k_tokens: 2, per_audio_minute: 3}", Cost(0, 0, 2, 3)),
+    ],
+)
+def test_a_call_costs_what_its_entry_says(load, text, cost):
+    assert load(entry(text)).get("m").cost == cost
 
 
 def test_options_and_limits_are_a_models_own(make_app):

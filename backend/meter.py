@@ -1,0 +1,160 @@
+"""The meter: lets calls in against a caller's quota, and settles what they cost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backend import metrics
+from backend.config import Config
+from backend.errors import (
+    ConcurrencyLimitExceeded,
+    Forbidden,
+    QuotaUnavailable,
+    RateLimitExceeded,
+)
+from backend.quota.decisions import Call, Decision, Store
+from backend.quota.failover import FailoverStore, QuotaAway
+from backend.quota.redis import RedisStore
+from backend.quota.sqlite import SqliteStore
+from backend.quota.tiers import UNIT, Limit, Tier
+
+logger = logging.getLogger("crane.quota")
+
+# Past a call's deadline: what it takes to be queued, answered and settled. A worker that is killed
+# holds its leases until then.
+LEASE_MARGIN_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A call that was let in, and how its caller stands."""
+
+    call: Call
+    standing: Decision
+
+
+class Meter:
+    """Decides on Redis where there is one, else on a file of this host; see ``FailoverStore``."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._lease_ms = int((config.request_timeout_s + LEASE_MARGIN_S) * 1000)
+        self._store: SqliteStore | FailoverStore = SqliteStore(config.data_dir / "quota.db")
+        if config.redis_url is not None:
+            self._store = FailoverStore(
+                RedisStore(config.redis_url),
+                self._store,
+                local=config.quota_on_outage == "local",
+                on_change=metrics.QUOTA_STORE_AWAY.set,
+            )
+
+    def let_in(self, subject: str, tier: Tier, cost: int) -> Lease | None:
+        """Spend ``cost`` thousandths and take a place among the caller's calls.
+
+        None where quotas are not known and calls go on without. Raises ``RateLimitExceeded``,
+        ``ConcurrencyLimitExceeded``, ``Forbidden`` for what the tier can never afford, and
+        ``QuotaUnavailable``; whatever it raises, nothing was taken.
+        """
+        for limit in tier.limits:
+            if cost > limit.units * UNIT:
+                raise Forbidden(
+                    f"This call costs up to {units(cost)} units, and the tier {tier.name!r} has "
+                    f"{limit.units} per {limit.per}: ask for less at once."
+                )
+        call = Call(subject, tier, secrets.token_hex(8), cost, self._lease_ms)
+        standing = self._decide(lambda store: store.spend(call))
+        if standing is None:
+            return None
+        metrics.QUOTA_DECISIONS.labels(tier.name, standing.refused_by or "granted").inc()
+        if standing.refused_by is not None:
+            raise refusal(tier, standing)
+        return Lease(call, standing)
+
+    def settle(self, lease: Lease, cost: int) -> Decision | None:
+        """End a lease; the call costs ``cost``, whatever was spent for it before."""
+        return self._decide(lambda store: store.settle(lease.call, lease.standing.at, cost))
+
+    def look(self, subject: str, tier: Tier) -> Decision | None:
+        return self._decide(lambda store: store.look(subject, tier))
+
+    def status(self) -> dict[str, object]:
+        """For /readyz: who decides, and whether it is who should."""
+        if isinstance(self._store, SqliteStore):
+            return {"store": "sqlite"}
+        return {"store": "redis", "away": self._store.away}
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _decide(self, step: Callable[[Store], Decision]) -> Decision | None:
+        if isinstance(self._store, FailoverStore) and self._store.away:
+            metrics.QUOTA_LOCAL.labels(self._config.quota_on_outage).inc()
+        try:
+            return step(self._store)
+        except QuotaAway:
+            fault = "Redis does not answer"
+        except sqlite3.Error:
+            logger.exception("quotas cannot be kept in %s", self._config.data_dir)
+            fault = "their file cannot be written"
+        if self._config.quota_on_outage == "deny":
+            raise QuotaUnavailable(
+                f"Quotas are not known now ({fault}), so no call is let in; try again in 1 s.",
+                retry_after_s=1,
+            )
+        return None
+
+
+def refusal(tier: Tier, standing: Decision) -> RateLimitExceeded | ConcurrencyLimitExceeded:
+    """Which limit it is, and when to come back."""
+    wait_s = math.ceil(standing.retry_after_ms / 1000)
+    headers = quota_headers(tier, standing)
+    if standing.refused_by == "concurrency":
+        return ConcurrencyLimitExceeded(
+            f"{standing.running} calls are running, and the tier {tier.name!r} has at most "
+            f"{tier.concurrency} at once; try again when one has ended.",
+            details={"limit": "concurrency", "tier": tier.name},
+            retry_after_s=wait_s,
+            headers=headers,
+        )
+    limit = next(limit for limit in tier.limits if limit.name == standing.refused_by)
+    return RateLimitExceeded(
+        f"The {limit.name} of the tier {tier.name!r}, {limit.units} per {limit.per}, is spent; "
+        f"try again in {wait_s} s.",
+        details={"limit": limit.name, "tier": tier.name},
+        retry_after_s=wait_s,
+        headers=headers,
+    )
+
+
+def quota_headers(tier: Tier, standing: Decision) -> dict[str, str]:
+    """``RateLimit-Policy``, ``RateLimit`` (of the IETF's draft) and the older ``X-RateLimit-*``.
+
+    The older ones can tell of one limit: that of which the smallest part is left. Seconds are until
+    some of it comes back.
+    """
+    policies, states = [], []
+    shares: list[tuple[float, Limit, int, int]] = []
+    for limit, left, reset_ms in zip(tier.limits, standing.left, standing.reset_ms, strict=True):
+        name = tier.name if limit.name == "rate" else f"{tier.name}-{limit.name}"
+        left_units, reset_s = left // UNIT, math.ceil(reset_ms / 1000)
+        policies.append(f'"{name}";q={limit.units};w={limit.window_s}')
+        states.append(f'"{name}";r={left_units};t={reset_s}')
+        shares.append((left / limit.units, limit, left_units, reset_s))
+    _, limit, left_units, reset_s = min(shares, key=lambda share: share[0])
+    return {
+        "RateLimit-Policy": ", ".join(policies),
+        "RateLimit": ", ".join(states),
+        "X-RateLimit-Limit": str(limit.units),
+        "X-RateLimit-Remaining": str(left_units),
+        "X-RateLimit-Reset": str(reset_s),
+    }
+
+
+def units(thousandths: int) -> float | int:
+    """Units as JSON has them: 5, not 5.0."""
+    return thousandths // UNIT if thousandths % UNIT == 0 else thousandths / UNIT

@@ -1,0 +1,45 @@
+"""What /metrics tells, in Prometheus's format, of all HTTP workers together.
+
+``gunicorn.conf.py`` names the folder that the workers share in ``PROMETHEUS_MULTIPROC_DIR``. Labels
+are names of ours only: routes, tiers, codes; never what a caller sent.
+"""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    generate_latest,
+    multiprocess,
+)
+
+REQUESTS = Counter("crane_requests", "Requests answered.", ["route", "status"])
+QUOTA_DECISIONS = Counter(
+    "crane_quota_decisions",
+    "Calls let in (granted), or refused by their caller's rate, budget or concurrency.",
+    ["tier", "decision"],
+)
+QUOTA_LOCAL = Counter(
+    "crane_quota_away_decisions",
+    "Decisions made while Redis did not answer, by policy.",
+    ["policy"],
+)
+QUOTA_STORE_AWAY = Gauge(
+    "crane_quota_store_away",
+    "1 while an HTTP worker gets no answer from Redis.",
+    multiprocess_mode="livemax",
+)
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+def dump() -> bytes:
+    """All metrics, of this process, or of all that share a folder."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest()
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)

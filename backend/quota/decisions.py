@@ -1,0 +1,159 @@
+"""What a store decides, and the rules by which it does: the Python twin of ``quota.lua``.
+
+A caller's state is what it spent within each limit's window, and its leases: the calls it has
+inside. What was spent is kept as entries of one sixtieth of the window, each with the time of its
+first and its last spend; an entry is forgotten a whole window after its last. So no window of that
+length, wherever it begins, ever holds more than the limit, and no caller's state grows past 61
+entries a limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from backend.quota.tiers import UNIT, Limit, Tier
+
+PARTS = 60  # of a window
+# No one can know when a call will end that was not ours to begin with; a second is soon.
+CONCURRENCY_RETRY_MS = 1000
+
+Entry = list[int]  # the times of the first and the last spend, in ms, and the thousandths spent
+
+
+@dataclass(slots=True)
+class State:
+    """What a store keeps of a caller: its leases' ends, and the entries of each window length."""
+
+    leases: dict[str, int]
+    spent: dict[int, list[Entry]]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a call may be made, and how the caller stands after it. Times are in ms."""
+
+    at: int
+    refused_by: str | None  # "rate", "budget", "concurrency"
+    retry_after_ms: int
+    left: tuple[int, ...]  # thousandths, of each limit of the tier
+    reset_ms: tuple[int, ...]  # until some of it comes back; 0 where nothing is spent
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that asks to be let in: what it costs in thousandths, and when its lease ends."""
+
+    subject: str
+    tier: Tier
+    lease: str
+    cost: int
+    lease_ms: int
+
+
+class Store(Protocol):
+    """Where quotas are kept. Each method is one step, which nothing comes between."""
+
+    def spend(self, call: Call) -> Decision:
+        """Let a call in, or refuse it and take nothing."""
+
+    def settle(self, call: Call, at: int, cost: int) -> Decision:
+        """End a call's lease, and have it cost what it did; does nothing for a lease that ended."""
+
+    def look(self, subject: str, tier: Tier) -> Decision:
+        """How a caller stands."""
+
+
+def spend(state: State, call: Call, now: int) -> Decision:
+    """Change ``state`` as a call asks, unless it must be refused."""
+    now = _forget(state, call.tier, now)
+    refused_by, retry_after_ms = None, 0
+    for limit in call.tier.limits:
+        wait_ms = _wait_ms(state, limit, call.cost, now)
+        if wait_ms > retry_after_ms:
+            refused_by, retry_after_ms = limit.name, wait_ms
+    if refused_by is None and len(state.leases) >= call.tier.concurrency:
+        refused_by, retry_after_ms = "concurrency", CONCURRENCY_RETRY_MS
+    if refused_by is None:
+        state.leases[call.lease] = now + call.lease_ms
+        if call.cost:
+            for limit in call.tier.limits:
+                _add(state, limit.window_s * 1000, now, call.cost)
+    return _standing(state, call.tier, now, refused_by, retry_after_ms)
+
+
+def settle(state: State, call: Call, at: int, cost: int, now: int) -> Decision:
+    now = _forget(state, call.tier, now)
+    if state.leases.pop(call.lease, None) is not None:
+        for limit in call.tier.limits:
+            _change(state, limit.window_s * 1000, at, cost - call.cost)
+    return _standing(state, call.tier, now)
+
+
+def look(state: State, tier: Tier, now: int) -> Decision:
+    now = _forget(state, tier, now)
+    return _standing(state, tier, now)
+
+
+def _forget(state: State, tier: Tier, now: int) -> int:
+    """Drop what is over; return the time, which never runs backwards for a caller."""
+    windows = {limit.window_s * 1000 for limit in tier.limits}
+    for window in windows & state.spent.keys():
+        now = max([now, *(entry[1] for entry in state.spent[window][-1:])])
+    state.leases = {lease: end for lease, end in state.leases.items() if end > now}
+    kept = {
+        window: [entry for entry in entries if entry[1] + window > now]
+        for window, entries in state.spent.items()
+        if window in windows  # a tier may have been given another rate
+    }
+    state.spent = {window: entries for window, entries in kept.items() if entries}
+    return now
+
+
+def _used(state: State, window: int) -> int:
+    return sum(units for _, _, units in state.spent.get(window, ()))
+
+
+def _wait_ms(state: State, limit: Limit, cost: int, now: int) -> int:
+    """How long until enough is forgotten to spend ``cost``; a window where it never will be."""
+    window = limit.window_s * 1000
+    over = _used(state, window) + cost - limit.units * UNIT
+    if over <= 0:
+        return 0
+    for _, last, units in state.spent.get(window, ()):
+        over -= units
+        if over <= 0:
+            return last + window - now
+    return window
+
+
+def _add(state: State, window: int, now: int, cost: int) -> None:
+    entries = state.spent.setdefault(window, [])
+    if entries and now - entries[-1][0] < window // PARTS:
+        entries[-1][1] = now
+        entries[-1][2] += cost
+    else:
+        entries.append([now, now, cost])
+
+
+def _change(state: State, window: int, at: int, change: int) -> None:
+    """Have the entry that a spend went into hold more, or less; it may be forgotten by now."""
+    entries = state.spent.get(window, [])
+    for entry in entries:
+        if entry[0] <= at <= entry[1]:
+            entry[2] = max(0, entry[2] + change)
+    state.spent[window] = [entry for entry in entries if entry[2]]
+
+
+def _standing(
+    state: State, tier: Tier, now: int, refused_by: str | None = None, retry_after_ms: int = 0
+) -> Decision:
+    left, reset = [], []
+    for limit in tier.limits:
+        window = limit.window_s * 1000
+        left.append(max(0, limit.units * UNIT - _used(state, window)))
+        entries = state.spent.get(window)
+        reset.append(entries[0][1] + window - now if entries else 0)
+    running = len(state.leases)
+    return Decision(now, refused_by, retry_after_ms, tuple(left), tuple(reset), running)

@@ -1,0 +1,75 @@
+"""Quotas in Redis or Valkey, by one script and the server's own clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from backend.quota.decisions import Call, Decision
+from backend.quota.tiers import UNIT, Tier
+
+# On the same machine or network a step takes a fraction of a millisecond; who waits longer has no
+# Redis. Half a second is the most that a call may take because of it, connecting included.
+TIMEOUT_S = 0.2
+_SCRIPT = Path(__file__).with_name("quota.lua")
+
+
+class RedisStore:
+    """One key a caller, ``crane:quota:{subject}``, which expires when nothing of it counts."""
+
+    def __init__(self, url: str, *, now: Callable[[], float] | None = None) -> None:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self._now = now
+        self._redis = redis.Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            # Once more where a connection was closed since it was last used, which is told at once.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+        self._script = self._redis.register_script(_SCRIPT.read_text())
+
+    def spend(self, call: Call) -> Decision:
+        return self._run("spend", call.subject, call.tier, call)
+
+    def settle(self, call: Call, at: int, cost: int) -> Decision:
+        return self._run("settle", call.subject, call.tier, call, at, cost)
+
+    def look(self, subject: str, tier: Tier) -> Decision:
+        return self._run("look", subject, tier)
+
+    def ping(self) -> None:
+        """Raise where the server does not answer, or cannot run the script."""
+        self.look("ping", _PING)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _run(
+        self,
+        op: str,
+        subject: str,
+        tier: Tier,
+        call: Call | None = None,
+        at: int = 0,
+        cost: int = 0,
+    ) -> Decision:
+        now = "" if self._now is None else int(self._now() * 1000)
+        arguments: list[str | int] = [op, now, tier.concurrency]
+        arguments += [call.lease, call.lease_ms, call.cost] if call else ["", 0, 0]
+        arguments += [at, cost]
+        for limit in tier.limits:
+            arguments += [limit.units * UNIT, limit.window_s * 1000]
+        answer = self._script(keys=[f"crane:quota:{{{subject}}}"], args=arguments)
+        at, refused, retry_after_ms, running, *limits = answer
+        refused_by = None
+        if refused:
+            refused_by = "concurrency" if refused < 0 else tier.limits[refused - 1].name
+        left, reset_ms = tuple(limits[0::2]), tuple(limits[1::2])
+        return Decision(at, refused_by, retry_after_ms, left, reset_ms, running)
+
+
+_PING = Tier("ping", (), 1)

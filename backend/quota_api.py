@@ -1,0 +1,117 @@
+"""The hooks that know who calls and hold callers to their quota, and GET /crane/quota."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Flask, Response, current_app, g, request
+
+from backend.bodies import request_body
+from backend.meter import Lease, quota_headers, units
+from backend.models import Crane
+from backend.registry import ModelSpec
+from backend.schemas import RunRequest, load
+
+bp = Blueprint("quota", __name__, url_prefix="/crane")
+
+_RUN_REQUEST = RunRequest()
+# What anybody may ask, key or not: a load balancer has none.
+OPEN = {"ops.livez", "ops.readyz", "ops.metrics"}
+METERED = {"crane.run"}
+
+
+def install(app: Flask) -> None:
+    app.before_request(hold)
+    app.after_request(settle)
+
+
+def crane() -> Crane:
+    parts: Crane = current_app.extensions["crane"]
+    return parts
+
+
+def hold() -> None:
+    """Find the caller, and spend of its quota what the call may cost; a refusal costs nothing.
+
+    The cost is the model's, so the body is read before: what is malformed, or asks for a model that
+    is not there or not allowed, is told so and never metered.
+    """
+    if request.url_rule is None or request.endpoint in OPEN or request.method == "OPTIONS":
+        return
+    headers = request.headers
+    g.caller = crane().callers.identify(
+        authorization=headers.get("Authorization"),
+        api_key=headers.get("X-API-Key"),
+        address=request.remote_addr or "",
+    )
+    if g.caller.key_id is not None:
+        g.log["key_id"] = g.caller.key_id
+    if request.endpoint not in METERED:
+        return
+    g.body = load(_RUN_REQUEST, request_body())
+    g.log["model_id"] = g.body["model_id"][:100]
+    g.spec = crane().registry.get(g.body["model_id"])
+    g.caller.check_may_use(g.spec.id)
+    if crane().config.quota == "on":
+        cost = g.spec.cost.reserve(
+            asked(g.spec, g.body["options"]),
+            len(g.body["input"]) if type(g.body["input"]) is list else 1,
+        )
+        g.lease = crane().meter.let_in(g.caller.subject, g.caller.tier, cost)
+
+
+def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:
+    """The options that tell what a call may cost, as sent or else as the model has them.
+
+    They are not checked yet. Where one is wrong the call will be refused, and cost nothing.
+    """
+    sent = options if type(options) is dict else {}
+    found = {}
+    for name in ("num_images", "max_tokens", "duration"):
+        field = spec.options_schema.fields.get(name)
+        if field is not None:
+            value = sent.get(name, field.load_default)
+            found[name] = value if type(value) in (int, float) and 0 <= value <= 1e9 else None
+    return found
+
+
+def settle(response: Response) -> Response:
+    """Have an answer cost what it used, and a call that got none nothing; say what is left."""
+    lease: Lease | None = g.pop("lease", None)
+    if lease is None:
+        return response
+    answered = response.status_code < 400
+    cost = g.spec.cost.settle(g.usage) if answered else 0
+    standing = crane().meter.settle(lease, cost)
+    if standing is not None:
+        response.headers.update(quota_headers(lease.call.tier, standing))
+    return response
+
+
+@bp.get("/quota")
+def quota() -> dict[str, Any]:
+    """The caller's tier and models, its limits, and what is left of them."""
+    caller = g.caller
+    answer: dict[str, Any] = {
+        "tier": caller.tier.name,
+        "key_id": caller.key_id,
+        "models": None if caller.models is None else sorted(caller.models),
+        "metered": crane().config.quota == "on",
+    }
+    standing = crane().meter.look(caller.subject, caller.tier) if answer["metered"] else None
+    if standing is None:
+        return answer
+    limits = [
+        {
+            "name": limit.name,
+            "units": limit.units,
+            "window_s": limit.window_s,
+            "left": units(left),
+            "reset_s": round(reset_ms / 1000, 3),
+        }
+        for limit, left, reset_ms in zip(
+            caller.tier.limits, standing.left, standing.reset_ms, strict=True
+        )
+    ]
+    concurrency = {"limit": caller.tier.concurrency, "running": standing.running}
+    return {**answer, "limits": limits, "concurrency": concurrency}

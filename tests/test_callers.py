@@ -1,0 +1,291 @@
+"""Who calls: keys and addresses through the caller's door."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from backend.config import Config
+from backend.keys import Keys
+from tests.conftest import ECHO, run
+
+OTHER = ECHO | {"id": "other"}
+OUTSIDE = {"bind": "0.0.0.0:8000"}
+
+
+@pytest.fixture
+def keys(tmp_path):
+    opened = Keys(Config(data_dir=tmp_path / "data"))
+    yield opened
+    opened.close()
+
+
+def bearer(text):
+    return {"headers": {"Authorization": f"Bearer {text}"}}
+
+
+def ask(client, text=None, model_id="echo", address="192.0.2.1", **headers):
+    if text is not None:
+        headers["Authorization"] = f"Bearer {text}"
+    return client.post(
+        "/crane/run",
+        json={"model_id": model_id, "input": 1},
+        headers=headers,
+        environ_base={"REMOTE_ADDR": address},
+    )
+
+
+@pytest.mark.parametrize(
+    ("auth", "bind", "needed"),
+    [
+        ("auto", "127.0.0.1:80", False),
+        ("auto", "127.9.9.9:80", False),
+        ("auto", "localhost:80", False),
+        ("auto", "[::1]:80", False),
+        ("auto", "0.0.0.0:80", True),
+        ("auto", "[::]:80", True),
+        ("auto", "192.0.2.1:80", True),
+        ("auto", "crane.example.com:80", True),
+        ("required", "127.0.0.1:80", True),
+        ("off", "0.0.0.0:80", False),
+    ],
+)
+def test_a_key_is_needed_where_others_than_this_host_may_call(make_app, auth, bind, needed):
+    answer = run(make_app(auth=auth, bind=bind).test_client())
+    assert answer.status_code == (401 if needed else 200)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(lambda text: {"Authorization": f"Bearer {text}"}, id="bearer"),
+        pytest.param(lambda text: {"Authorization": f"bearer   {text} "}, id="bearer-spaced"),
+        pytest.param(lambda text: {"X-API-Key": text}, id="x-api-key"),
+        pytest.param(
+            lambda text: {"X-API-Key": text, "Authorization": f"Bearer {text}"}, id="both"
+        ),
+    ],
+)
+def test_a_key_is_taken_from_either_header(make_app, keys, headers):
+    _, text = keys.create(owner="Ann", tier="pro")
+    answer = ask(make_app(**OUTSIDE).test_client(), **headers(text))
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({}, "An API key is needed: send it as Authorization: Bearer crane_…."),
+        ({"Authorization": "Basic YTpi"}, "Send the API key as Authorization: Bearer crane_…"),
+        ({"Authorization": "crane_abc"}, "Send the API key as Authorization: Bearer crane_…"),
+        ({"Authorization": "Bearer"}, "This API key is not valid"),
+        ({"X-API-Key": ""}, "This API key is not valid"),
+        ({"X-API-Key": "crane_" + "é" * 40}, "This API key is not valid"),
+        ({"X-API-Key": "k" * 8000}, "This API key is not valid"),
+        ({"X-API-Key": "a", "Authorization": "Bearer b"}, "hold different keys: send one"),
+    ],
+)
+def test_who_has_no_key_is_told_how_to_send_one(make_app, headers, message):
+    answer = ask(make_app(**OUTSIDE).test_client(), **headers)
+    assert (answer.status_code, answer.json["error"]["code"]) == (401, "INVALID_API_KEY")
+    assert message in answer.json["error"]["message"]
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_what_is_wrong_with_a_key_is_not_told_apart(make_app, keys):
+    ended = datetime.now(UTC) + timedelta(seconds=0.2)
+    _, late = keys.create(owner="Ann", tier="free", expires_at=ended)
+    revoked, text = keys.create(owner="Ann", tier="free")
+    keys.revoke(revoked.id)
+    time.sleep(0.2)
+    client = make_app(**OUTSIDE).test_client()
+    wrong = [late, text, text[:-1] + ("a" if text[-1] != "a" else "b"), "crane_x_y"]
+    answers = [ask(client, one) for one in wrong]
+    assert {answer.status_code for answer in answers} == {401}
+    assert len({answer.json["error"]["message"] for answer in answers}) == 1
+
+
+def test_health_needs_no_key_and_all_else_does(make_app):
+    client = make_app(**OUTSIDE).test_client()
+    for path in ("/livez", "/readyz", "/health", "/metrics"):
+        assert client.get(path).status_code == 200
+    for path in ("/crane/models", "/crane/models/echo", "/crane/quota"):
+        assert client.get(path).status_code == 401
+    assert client.get("/nowhere").status_code == 404
+
+
+def test_a_browsers_question_whether_it_may_call_needs_no_key(make_app):
+    client = make_app(**OUTSIDE, allowed_origins=("https://a.com",)).test_client()
+    asked = {"Origin": "https://a.com", "Access-Control-Request-Method": "POST"}
+    answer = client.options("/crane/run", headers=asked)
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (
+        200,
+        "https://a.com",
+    )
+
+
+def test_a_key_has_the_quota_of_its_tier_wherever_it_calls_from(make_app, keys):
+    key, text = keys.create(owner="Ann", tier="pro")
+    client = make_app(quota="on", **OUTSIDE).test_client()
+    left = [
+        ask(client, text, address=address).headers["X-RateLimit-Remaining"]
+        for address in ("192.0.2.1", "192.0.2.2")
+    ]
+    assert left == ["599", "598"]
+    quota = client.get("/crane/quota", **bearer(text)).json
+    assert (quota["tier"], quota["key_id"]) == ("pro", key.id)
+    assert [limit["left"] for limit in quota["limits"]] == [598]
+
+
+def test_a_key_is_on_its_own_quota_where_none_is_needed_too(make_app, keys):
+    _, text = keys.create(owner="Ann", tier="pro")
+    client = make_app(quota="on").test_client()
+    assert ask(client, text).headers["X-RateLimit-Limit"] == "600"
+    assert ask(client).headers["X-RateLimit-Limit"] == "60"
+    assert ask(client, "sk-what-some-clients-send").headers["X-RateLimit-Limit"] == "60"
+    assert ask(client, text[:-1]).status_code == 401
+    free = make_app(quota="on", auth="off").test_client()
+    assert ask(free, text[:-1]).headers["X-RateLimit-Limit"] == "60"
+
+
+def test_a_tier_that_is_no_more_counts_as_free(make_app, keys, capsys):
+    _, text = keys.create(owner="Ann", tier="gold")
+    client = make_app(quota="on", **OUTSIDE).test_client()
+    assert ask(client, text).headers["X-RateLimit-Limit"] == "60"
+    assert "gold" in capsys.readouterr().err
+
+
+def test_a_key_may_use_the_models_it_names_and_no_other(make_app, keys):
+    _, text = keys.create(owner="Ann", tier="free", models=["other"])
+    client = make_app([ECHO, OTHER], quota="on", **OUTSIDE).test_client()
+    assert ask(client, text, "other").status_code == 200
+    refused = ask(client, text, "echo")
+    assert (refused.status_code, refused.json["error"]["code"]) == (403, "FORBIDDEN")
+    assert refused.json["error"]["message"] == ("This key may not use echo. It may use: other.")
+    assert client.get("/crane/models/echo", **bearer(text)).status_code == 403
+    shown = client.get("/crane/models", **bearer(text)).json["models"]
+    assert [model["id"] for model in shown] == ["other"]
+    quota = client.get("/crane/quota", **bearer(text)).json
+    assert quota["models"] == ["other"]
+    assert quota["limits"][0]["left"] == 59
+
+
+def test_nothing_of_a_key_but_its_id_is_logged(make_app, keys, capsys):
+    key, text = keys.create(owner="Ann", tier="free")
+    client = make_app(log_level="DEBUG", **OUTSIDE).test_client()
+    ask(client, text)
+    ask(client, text[:-1] + "x")
+    log = capsys.readouterr().err
+    assert f'"key_id":"{key.id}"' in log
+    assert text.rpartition("_")[2][:-1] not in log
+
+
+def test_an_address_that_sends_wrong_keys_must_wait(make_app, keys):
+    _, text = keys.create(owner="Ann", tier="free")
+    client = make_app(**OUTSIDE).test_client()
+    answers = [ask(client, f"crane_{'a' * 12}_{number:032}") for number in range(12)]
+    assert [answer.status_code for answer in answers] == [401] * 10 + [429] * 2
+    assert answers[-1].json["error"]["code"] == "RATE_LIMIT_EXCEEDED"
+    assert "Too many wrong API keys" in answers[-1].json["error"]["message"]
+    assert 58 <= int(answers[-1].headers["Retry-After"]) <= 60
+    assert "RateLimit" not in answers[-1].headers
+    assert ask(client, text).status_code == 429  # it could be guessing
+    assert ask(client, text, address="192.0.2.2").status_code == 200
+
+
+def test_a_key_that_was_right_goes_on_working_beside_wrong_ones(make_app, keys):
+    key, text = keys.create(owner="Ann", tier="free")
+    client = make_app(**OUTSIDE).test_client()
+    for _ in range(30):
+        assert ask(client, text).status_code == 200  # which are no attempts
+    for number in range(12):
+        ask(client, f"crane_{'a' * 12}_{number:032}")
+    assert ask(client, text).status_code == 200
+    keys.revoke(key.id)
+    time.sleep(3.2)
+    assert ask(client, text).status_code == 401
+
+
+def test_keys_that_cannot_be_looked_up_are_answered_503(make_app, keys, tmp_path):
+    _, text = keys.create(owner="Ann", tier="free")
+    keys.close()
+    client = make_app(**OUTSIDE).test_client()
+    (tmp_path / "data" / "crane.db").write_bytes(b"no database, and long enough to be read" * 99)
+    for name in ("crane.db-wal", "crane.db-shm"):
+        (tmp_path / "data" / name).unlink(missing_ok=True)
+    answer = ask(client, text)
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "KEYS_UNAVAILABLE")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+# With real workers.
+
+
+def test_the_first_start_that_needs_keys_prints_one_and_later_ones_do_not(gunicorn, tmp_path):
+    data = tmp_path / "kept"
+    server = gunicorn(CRANE_AUTH="required", CRANE_DATA_DIR=data)
+    [text] = re.findall(r"^crane_\w+$", server.log(), re.MULTILINE)
+    assert f"-H 'Authorization: Bearer {text}'" in server.log()
+    assert server.run()[0] == 401
+    call = {"model_id": "echo", "input": 1}
+    assert server.post(call, Authorization=f"Bearer {text}")[0] == 200
+    listed = server.get("/crane/quota", Authorization=f"Bearer {text}")[1]
+    assert listed["tier"] == "pro"
+    again = gunicorn(CRANE_AUTH="required", CRANE_DATA_DIR=data)
+    assert "crane_" not in again.log()
+    assert "-H 'Authorization: Bearer YOUR_KEY'" in again.log()
+    assert again.post(call, Authorization=f"Bearer {text}")[0] == 200
+
+
+def test_a_start_on_loopback_makes_no_key_and_no_database(gunicorn, tmp_path):
+    data = tmp_path / "kept"
+    server = gunicorn(CRANE_DATA_DIR=data)
+    assert server.run()[0] == 200
+    assert "crane_" not in server.log()
+    assert not (data / "crane.db").exists()
+
+
+def test_a_start_whose_database_is_away_says_so_and_serves_what_needs_no_key(gunicorn):
+    url = "postgresql://nobody:hunter2@127.0.0.1:9/crane"
+    server = gunicorn(CRANE_AUTH="required", CRANE_DATABASE_URL=url)
+    assert "No first API key could be made" in server.log()
+    assert "hunter2" not in server.log()
+    status, answer = server.post(
+        {"model_id": "echo", "input": 1}, Authorization=f"Bearer crane_{'a' * 12}_{'b' * 32}"
+    )
+    assert (status, answer["error"]["code"]) == (503, "KEYS_UNAVAILABLE")
+    assert server.get("/readyz")[0] == 200
+
+
+def test_a_revoked_key_stops_in_every_worker_within_5_s(gunicorn, tmp_path):
+    data = tmp_path / "kept"
+    server = gunicorn(CRANE_AUTH="required", CRANE_DATA_DIR=data, CRANE_WORKERS=4)
+    keys = Keys(Config(data_dir=data))
+    key, text = keys.create(owner="Ann", tier="pro")
+    call = {"model_id": "echo", "input": 1}
+
+    def statuses(count):
+        return {server.post(call, Authorization=f"Bearer {text}")[0] for _ in range(count)}
+
+    assert statuses(60) == {200}
+    keys.revoke(key.id)
+    keys.close()
+    revoked = time.monotonic()
+    while statuses(1) == {200}:
+        assert time.monotonic() - revoked < 5
+        time.sleep(0.05)
+    time.sleep(max(0, revoked + 5 - time.monotonic()))
+    assert 200 not in statuses(60)
+
+
+@pytest.mark.parametrize("sent", ["-H 'Authorization: Bearer KEY'", "-H 'X-API-Key: KEY'"])
+def test_curl_calls_with_a_key(gunicorn, sent):
+    server = gunicorn(CRANE_AUTH="required", CRANE_QUOTA="on")
+    [text] = re.findall(r"^crane_\w+$", server.log(), re.MULTILINE)
+    command = f"curl -si http://127.0.0.1:{server.port}/crane/quota {sent.replace('KEY', text)}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("HTTP/1.1 200 OK")

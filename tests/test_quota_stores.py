@@ -1,0 +1,363 @@
+"""Quotas, by one suite on a real Valkey and on SQLite."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from backend.quota.decisions import PARTS, Call
+from backend.quota.redis import RedisStore
+from backend.quota.sqlite import SqliteStore
+from backend.quota.tiers import UNIT, tiers
+from tests.valkey import Valkey
+
+FREE = tiers("free 5/minute concurrency=3")["free"]
+WIDE = tiers("free 5/minute concurrency=1000")["free"]
+BUDGETED = tiers("free 5/minute concurrency=100 budget=7/day")["free"]
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 1_000_000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture(scope="module")
+def valkey():
+    server = Valkey().start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture(params=["redis", "sqlite"])
+def make_store(request, tmp_path):
+    """Open the store once more, as another process would: with the test's clock, or its own."""
+    if request.param == "redis":
+        valkey = request.getfixturevalue("valkey")
+        valkey.client().flushall()
+    opened = []
+
+    def make(now=None):
+        if request.param == "redis":
+            store = RedisStore(valkey.url, now=now)
+        else:
+            store = SqliteStore(tmp_path / "quota.db", now=now or time.time)
+        opened.append(store)
+        return store
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(make_store, clock):
+    return make_store(clock)
+
+
+def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000):
+    return Call(subject, tier, lease, cost, lease_ms)
+
+
+def admitted(store, count, **how):
+    """How many of ``count`` calls, one after another, are let in."""
+    decisions = [store.spend(call(f"lease-{number}", **how)) for number in range(count)]
+    return sum(decision.refused_by is None for decision in decisions)
+
+
+def test_as_many_are_let_in_as_the_rate_says(store):
+    assert admitted(store, 8) == 5
+
+
+def test_callers_do_not_share_what_is_theirs(store):
+    assert admitted(store, 8, subject="one") == 5
+    assert admitted(store, 8, subject="another") == 5
+
+
+def test_a_refusal_says_when_and_takes_nothing(store, clock):
+    for number in range(5):
+        store.spend(call(f"lease-{number}"))
+        clock.seconds += 2
+    refused = store.spend(call("late"))
+    # The first of the five, 10 s ago, is forgotten 50 s from now.
+    assert (refused.refused_by, refused.retry_after_ms) == ("rate", 50_000)
+    assert refused.left == (0,)
+    for _ in range(20):
+        store.spend(call("late"))
+    clock.seconds += 49.999
+    assert store.spend(call("late")).refused_by == "rate"
+    clock.seconds += 0.001
+    assert store.spend(call("late")).refused_by is None
+
+
+def test_no_window_wherever_it_begins_holds_more_than_the_limit(store, clock):
+    let_in = []
+    chance = random.Random(7)
+    for number in range(600):
+        clock.seconds += chance.choice([0, 0.2, 0.9, 1.1, 5])
+        if store.spend(call(f"lease-{number}")).refused_by is None:
+            let_in.append(clock.seconds)
+    for first, sixth in zip(let_in, let_in[5:], strict=False):
+        assert sixth - first > 59.998  # but for how a float is cut to milliseconds
+    # And at most a sixtieth of a window is lost to it.
+    assert len(let_in) >= 5 * (let_in[-1] - let_in[0]) / (60 + 60 / PARTS + 5) - 5
+
+
+def test_a_call_may_cost_more_or_less_than_a_unit(store):
+    assert store.spend(call("a", cost=2500)).left == (2500,)
+    assert store.spend(call("b", cost=2501)).refused_by == "rate"
+    assert store.spend(call("c", cost=2500)).left == (0,)
+    assert store.spend(call("d", cost=1)).refused_by == "rate"
+    assert store.spend(call("e", cost=0)).refused_by is None
+
+
+def test_what_costs_more_than_the_limit_is_refused_for_a_window(store):
+    decision = store.spend(call(cost=5001))
+    assert (decision.refused_by, decision.retry_after_ms) == ("rate", 60_000)
+
+
+def test_as_many_run_at_once_as_the_tier_says(store):
+    assert admitted(store, 5, tier=FREE) == 3
+    refused = store.spend(call("one more", tier=FREE))
+    assert (refused.refused_by, refused.running, refused.left) == ("concurrency", 3, (2000,))
+    store.settle(call("lease-1", tier=FREE), refused.at, UNIT)
+    assert store.spend(call("one more", tier=FREE)).refused_by is None
+
+
+def test_a_lease_ends_by_itself(store, clock):
+    assert admitted(store, 3, tier=FREE, lease_ms=10_000) == 3
+    clock.seconds += 9.999
+    assert store.spend(call("more", tier=FREE)).refused_by == "concurrency"
+    clock.seconds += 0.001
+    assert store.spend(call("more", tier=FREE)).refused_by is None
+
+
+@pytest.mark.parametrize(("settled", "left"), [(0, 5000), (1000, 4000), (3000, 2000), (4500, 500)])
+def test_a_call_costs_what_it_came_to(store, settled, left):
+    spent = store.spend(call(cost=3000))
+    standing = store.settle(call(cost=3000), spent.at, settled)
+    assert (standing.left, standing.running) == ((left,), 0)
+    if settled == 0:
+        assert standing.reset_ms == (0,)
+
+
+def test_a_lease_is_settled_once(store):
+    spent = store.spend(call(cost=3000))
+    store.spend(call("other", cost=2000))
+    for _ in range(3):
+        standing = store.settle(call(cost=3000), spent.at, 0)
+    assert standing.left == (3000,)
+
+
+def test_a_call_that_came_to_more_is_paid_for_before_the_next(store, clock):
+    spent = store.spend(call(cost=1000))
+    assert store.settle(call(cost=1000), spent.at, 9000).left == (0,)
+    assert store.spend(call("next", cost=0)).refused_by == "rate"
+    clock.seconds += 60
+    assert store.spend(call("next")).left == (4000,)
+
+
+def test_a_refund_is_of_the_calls_own_time(store, clock):
+    first = store.spend(call("first", cost=2000))
+    clock.seconds += 30
+    store.spend(call("second", cost=3000))
+    assert store.settle(call("first", cost=2000), first.at, 0).left == (2000,)
+    clock.seconds += 31  # the first would have been forgotten now, and the second not
+    assert store.look("someone", WIDE).left == (2000,)
+
+
+def test_a_refund_past_the_window_changes_nothing(store, clock):
+    first = store.spend(call("first", lease_ms=100_000))
+    clock.seconds += 70
+    store.spend(call("second", cost=3000))
+    assert store.settle(call("first"), first.at, 0).left == (2000,)
+
+
+def test_the_budget_counts_beside_the_rate(store, clock):
+    assert admitted(store, 6, tier=BUDGETED) == 5
+    clock.seconds += 60
+    decisions = [store.spend(call(f"more-{number}", tier=BUDGETED)) for number in range(3)]
+    assert [decision.refused_by for decision in decisions] == [None, None, "budget"]
+    assert decisions[-1].left == (3000, 0)
+    # A budget comes back in sixtieths of a day: all seven were spent within one.
+    assert decisions[-1].retry_after_ms == 86_400_000
+    clock.seconds += 86_400
+    assert store.spend(call("next day", tier=BUDGETED)).refused_by is None
+
+
+def test_where_both_are_spent_the_longer_wait_is_told(store):
+    tier = tiers("free 5/minute budget=5/day")["free"]
+    assert admitted(store, 5, tier=tier) == 5
+    assert store.spend(call("late", tier=tier)).refused_by == "budget"
+
+
+def test_looking_changes_nothing(store, clock):
+    store.spend(call())
+    clock.seconds += 10
+    for _ in range(3):
+        standing = store.look("someone", WIDE)
+        assert (standing.left, standing.reset_ms, standing.running) == ((4000,), (50_000,), 1)
+    nobody = store.look("nobody", BUDGETED)
+    assert (nobody.left, nobody.reset_ms, nobody.running) == ((5000, 7000), (0, 0), 0)
+
+
+def test_another_rate_begins_anew_and_keeps_the_calls_inside(store):
+    store.spend(call("a"))
+    hourly = tiers("free 5/hour")["free"]
+    standing = store.spend(call("b", tier=hourly))
+    assert (standing.left, standing.running) == ((4000,), 2)
+
+
+def test_a_clock_that_is_set_back_gives_nothing_away(store, clock):
+    assert admitted(store, 5) == 5
+    clock.seconds -= 3600
+    refused = store.spend(call("late"))
+    assert (refused.refused_by, refused.retry_after_ms) == ("rate", 60_000)
+
+
+def test_the_stores_agree_on_thousands_of_random_steps(valkey, tmp_path, clock):
+    valkey.client().flushall()
+    pair = RedisStore(valkey.url, now=clock), SqliteStore(tmp_path / "quota.db", now=clock)
+    kinds = "free 7/second concurrency=3 budget=40/day, some 5/minute concurrency=4, more 9/second"
+    kinds = list(tiers(kinds).values())
+    chance = random.Random(5)
+    inside, refused = [], 0
+    for step in range(6000):
+        clock.seconds += chance.choice([0, 0.001, 0.01, 0.1, 1, 7, -0.5, 90_000 * (step % 97 == 0)])
+        tier, subject = chance.choice(kinds), chance.choice("ab")
+        kind = chance.random()
+        if kind < 0.6 or not inside:
+            cost, lease_ms = chance.choice([0, 500, 1000, 3000, 9000]), chance.choice([500, 50_000])
+            one = Call(subject, tier, f"lease-{step}", cost, lease_ms)
+            ours, twins = (store.spend(one) for store in pair)
+            refused += ours.refused_by is not None
+            if ours.refused_by is None:
+                inside.append((one, ours.at))
+        elif kind < 0.9:
+            one, at = inside.pop(chance.randrange(len(inside)))
+            if chance.random() < 0.1:
+                inside.append((one, at))  # to be settled twice
+            cost = chance.choice([0, one.cost, one.cost + 700])
+            ours, twins = (store.settle(one, at, cost) for store in pair)
+        else:
+            ours, twins = (store.look(subject, tier) for store in pair)
+        assert ours == twins, f"step {step}"
+    assert 500 < refused < 3000
+    for store in pair:
+        store.close()
+
+
+def race(make, at_once, subjects, results):
+    store = make()
+    for subject in subjects:
+        at_once.wait()
+        results.put((subject, admitted(store, 4, subject=subject)))
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["redis", "sqlite"])
+def test_eight_processes_that_race_are_let_in_exactly_as_often_as_the_rate_says(
+    kind, valkey, tmp_path
+):
+    fork = multiprocessing.get_context("fork")
+    path = tmp_path / "quota.db"
+    make = (lambda: RedisStore(valkey.url)) if kind == "redis" else (lambda: SqliteStore(path))
+    subjects = [f"race-{number}" for number in range(20)]
+    at_once, results = fork.Barrier(8), fork.Queue()
+    racers = [fork.Process(target=race, args=(make, at_once, subjects, results)) for _ in range(8)]
+    for racer in racers:
+        racer.start()
+    let_in = dict.fromkeys(subjects, 0)
+    for _ in range(8 * len(subjects)):
+        subject, count = results.get(timeout=60)
+        let_in[subject] += count
+    for racer in racers:
+        racer.join(30)
+        assert racer.exitcode == 0
+    assert let_in == dict.fromkeys(subjects, 5)
+
+
+def test_threads_that_race_take_exactly_the_places_there_are(make_store):
+    store = make_store()
+    at_once = Barrier(16)
+
+    def spend(lease):
+        at_once.wait()
+        return store.spend(call(lease, tier=FREE, subject=lease.partition(":")[0])).refused_by
+
+    with ThreadPoolExecutor(16) as pool:
+        for number in range(20):
+            leases = [f"caller-{number}:{place}" for place in range(16)]
+            assert list(pool.map(spend, leases)).count(None) == 3
+
+
+def test_every_key_in_redis_expires_and_has_its_callers_hash_tag(valkey):
+    server = valkey.client()
+    server.flushall()
+    store = RedisStore(valkey.url)
+    store.spend(call(subject="key:abc", tier=BUDGETED))
+    spent = store.spend(call(subject="key:def", tier=FREE, lease_ms=90_000))
+    assert set(server.keys()) == {b"crane:quota:{key:abc}", b"crane:quota:{key:def}"}
+    assert 86_000_000 < server.pttl("crane:quota:{key:abc}") <= 86_400_000
+    assert 80_000 < server.pttl("crane:quota:{key:def}") <= 90_000
+    store.settle(call(subject="key:def", tier=FREE), spent.at, 0)
+    assert server.keys() == [b"crane:quota:{key:abc}"]
+    store.close()
+
+
+def test_redis_goes_by_its_own_clock(valkey, monkeypatch):
+    store = RedisStore(valkey.url)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    seconds, _ = valkey.client().time()
+    assert abs(store.look("someone", WIDE).at / 1000 - seconds) < 5
+    store.close()
+
+
+def test_callers_of_whom_nothing_is_left_leave_the_file(tmp_path, clock):
+    store = SqliteStore(tmp_path / "quota.db", now=clock)
+    for number in range(50):
+        store.spend(call(subject=f"passer-by {number}"))
+    clock.seconds += 3600
+    store.spend(call(subject="someone else"))
+    store.close()
+    with sqlite3.connect(tmp_path / "quota.db") as file:
+        assert file.execute("SELECT subject FROM callers").fetchall() == [("someone else",)]
+    file.close()
+
+
+def test_a_callers_state_does_not_grow_with_its_calls(tmp_path, clock):
+    tier = tiers("free 1000000/minute concurrency=5")["free"]
+    store = SqliteStore(tmp_path / "quota.db", now=clock)
+    for number in range(3000):
+        clock.seconds += 0.05
+        spent = store.spend(call(str(number), tier=tier))
+        store.settle(call(str(number), tier=tier), spent.at, UNIT)
+    with sqlite3.connect(tmp_path / "quota.db") as file:
+        sizes = file.execute("SELECT length(state) FROM callers").fetchall()
+    file.close()
+    store.close()
+    assert sizes[0][0] < 61 * 25
+
+
+def test_a_step_that_fails_leaves_the_next_one_able(tmp_path, clock):
+    store = SqliteStore(tmp_path / "quota.db", now=clock)
+    store.spend(call("a"))
+    clock.seconds, before = float("nan"), clock.seconds
+    with pytest.raises(ValueError, match="NaN"):
+        store.spend(call("b"))
+    clock.seconds = before
+    assert store.spend(call("c")).left == (3000,)
+    store.close()
