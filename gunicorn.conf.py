@@ -6,6 +6,7 @@ them has drained. The master itself imports no model library and never touches a
 
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from backend.logs import logging_config
 from backend.registry import Registry
 
 HERE = Path(__file__).resolve().parent
+LINGER_MS = 20  # a client that calls again and again does so sooner
 UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest name we put in the folder is engine.alive
 
 os.environ.setdefault("CRANE_ENGINE", "process")
@@ -43,11 +45,23 @@ class Logger(glogging.Logger):
 
 
 class Worker(ThreadWorker):
-    """A threaded worker that closes its listeners as soon as it drains.
+    """A threaded worker that closes its listeners as soon as it drains, and lingers.
 
-    gunicorn's own keeps them open until it ends, so whoever calls meanwhile is neither answered
-    nor refused, but waits in the backlog.
+    gunicorn's own keeps its listeners open until it ends, so whoever calls meanwhile is neither
+    answered nor refused, but waits in the backlog. And it hands a connection back to its main
+    thread after each answer: that and the way to the next thread cost as much as our own work on a
+    call. While there are threads for all connections, one stays where it is for a moment.
     """
+
+    def handle(self, conn):
+        result = super().handle(conn)
+        while result is True and self.alive and self.nr_conns <= self.cfg.threads:
+            waiting = select.poll()
+            waiting.register(conn.sock, select.POLLIN)
+            if not waiting.poll(LINGER_MS):
+                break
+            result = super().handle(conn)
+        return result
 
     def set_accept_enabled(self, enabled):
         super().set_accept_enabled(enabled)
