@@ -122,7 +122,7 @@ class Store:
         try:
             engine = self._engine or self._open()
             if writes:
-                engine = engine.execution_options(crane_writes=True)
+                engine = engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
             with postgres.answers_within(LIMIT_S), engine.begin() as connection:
                 yield connection
         except (sa.exc.SQLAlchemyError, OSError) as error:
@@ -195,5 +195,5 @@ def _engine(config: Config) -> Engine:
 def _begin_on_sqlite(connection: Connection) -> None:
     # sqlite3 begins by itself only before an INSERT, and then as a reader, whose turn to write
     # another may have taken.
-    writes = connection.get_execution_options().get("crane_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    if statement := connection.get_execution_options().get("sqlite_begin", "BEGIN"):
+        connection.exec_driver_sql(statement)

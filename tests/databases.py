@@ -33,7 +33,9 @@ class Postgres:
         data = self._folder / "data"
         data.mkdir()
         self._server = PostgresServer(data, cleanup_mode=None)
-        self._server.start()
+        # Not start(): that takes a lock in /tmp which is another user's on a shared machine.
+        self._server.ensure_pgdata_inited()
+        self._server.ensure_postgres_running()
         self._numbers = itertools.count()
 
     def new_url(self) -> str:

@@ -23,6 +23,7 @@ from backend.config import Config
 from backend.errors import KeysUnavailable
 from backend.keys import Keys
 from backend.migrations import REVISIONS, VERSION_TABLE
+from backend.postgres import Connection, answers_within, conninfo
 from backend.private import kept_secret
 from tests.databases import Postgres
 
@@ -191,6 +192,33 @@ def test_a_writer_on_sqlite_does_not_stop_readers_and_is_not_waited_for_long(tmp
         assert keys.create(owner="b", tier="free")
 
 
+def test_many_that_wait_for_a_writer_on_sqlite_do_not_wait_for_each_other(tmp_path):
+    def refused(n):
+        started = time.monotonic()
+        with pytest.raises(KeysUnavailable):
+            keys.create(owner="b", tier="free")
+        return time.monotonic() - started
+
+    config = Config(data_dir=tmp_path)
+    with closing(Keys(config)) as keys, ThreadPoolExecutor(64) as pool:
+        keys.list()
+        with closing(connect(config)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            assert max(pool.map(refused, range(64))) < 2.7
+
+
+def test_who_comes_while_another_makes_the_tables_waits_for_it(tmp_path):
+    config = Config(data_dir=tmp_path)
+    with closing(connect(config)) as other, closing(Keys(config)) as keys:
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(keys.list)
+            time.sleep(1.5)  # longer than a call waits for a lock
+            assert not waiting.done()
+            other.execute("ROLLBACK")
+            assert waiting.result(5) == []
+
+
 def test_threads_that_write_at_once_all_do(database):
     with closing(Keys(Config(**database))) as keys, ThreadPoolExecutor(16) as pool:
         made = list(pool.map(lambda n: keys.create(owner=str(n), tier="free"), range(64)))
@@ -225,6 +253,13 @@ def test_a_postgresql_that_was_stopped_is_used_again_once_it_is_back(remote, own
     assert told[1] == "the database answers again"
 
 
+def test_a_postgresql_that_was_away_between_two_calls_is_not_noticed(remote, own_postgres):
+    assert remote.find(remote.text)
+    own_postgres.stop()
+    own_postgres.start()
+    assert remote.find(remote.text)
+
+
 def test_a_postgresql_that_hangs_hangs_no_call(remote, own_postgres):
     assert remote.find(remote.text)
     with own_postgres.hanging():
@@ -240,6 +275,14 @@ def test_a_postgresql_that_hangs_from_the_start_hangs_no_call(remote, own_postgr
         with own_postgres.hanging(), ThreadPoolExecutor(8) as pool:
             assert max(pool.map(unavailable, [keys] * 8)) < 2.6
         assert keys.find(remote.text)
+
+
+def test_a_connection_that_was_not_answered_in_time_is_not_used_again(postgres):
+    info = conninfo(postgres.new_url(), 5)
+    with closing(Connection.within_limit(info)) as connection:
+        with answers_within(0.3), pytest.raises(psycopg.OperationalError, match="timeout"):
+            connection.execute("SELECT pg_sleep(1)")
+        assert connection.closed
 
 
 def test_a_lock_on_postgresql_hangs_no_call(remote):

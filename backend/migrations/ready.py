@@ -35,7 +35,7 @@ def make_ready(engine: Engine, limit_s: float) -> None:
     def migrate() -> None:
         if engine.dialect.name == "sqlite":
             _use_wal(engine)
-        with engine.execution_options(crane_writes=True).begin() as connection:
+        with engine.execution_options(sqlite_begin="BEGIN IMMEDIATE").begin() as connection:
             # On SQLite the transaction is alone by now; on PostgreSQL it waits for its turn here.
             if engine.dialect.name == "postgresql":
                 wait = f"SET LOCAL statement_timeout = {round(MIGRATION_S * 1e3)}"
@@ -63,11 +63,8 @@ def _is_current(connection: Connection) -> bool:
 
 def _use_wal(engine: Engine) -> None:
     """Let readers go on beside a writer, in whichever process; the file remembers it."""
-    connection = engine.raw_connection()
-    try:
-        connection.cursor().execute("PRAGMA journal_mode=WAL")
-    finally:
-        connection.close()
+    with engine.execution_options(sqlite_begin=None).connect() as connection:  # in no transaction
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
 
 def _patiently(migrate: Callable[[], None]) -> None:
