@@ -19,6 +19,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
 from backend.logs import logging_config
+from backend.private import private_folder
 from backend.registry import Registry
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +31,7 @@ os.environ.setdefault("CRANE_ENGINE", "process")
 
 def socket_folder(data_dir: Path) -> Path:
     """A private folder for the engine's sockets, in the data folder unless that is too deep."""
-    run = data_dir.resolve() / "run"
+    run = private_folder(data_dir.resolve()) / "run"
     if len(bytes(run)) + len("/crane-xxxxxxxx/engine.alive") <= UNIX_PATH_MAX:
         run.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="crane-", dir=run))
@@ -55,7 +56,7 @@ class Worker(ThreadWorker):
 
     def handle(self, conn):
         result = super().handle(conn)
-        while result is True and self.alive and self.nr_conns <= self.cfg.threads:
+        while result is True and self.nr_conns <= self.cfg.threads:
             waiting = select.poll()
             waiting.register(conn.sock, select.POLLIN)
             if not waiting.poll(LINGER_MS):

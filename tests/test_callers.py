@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from backend import callers
 from backend.config import Config
 from backend.keys import Keys
 from tests.conftest import ECHO, run
@@ -210,6 +211,23 @@ def test_a_key_that_was_right_goes_on_working_beside_wrong_ones(make_app, keys):
     assert ask(client, text).status_code == 401
 
 
+def test_right_keys_are_no_wrong_ones_however_many_come_from_an_address(make_app, keys):
+    client = make_app(**OUTSIDE).test_client()
+    texts = [keys.create(owner="Ann", tier="free")[1] for _ in range(15)]
+    assert {ask(client, text).status_code for text in texts} == {200}
+
+
+def test_only_so_many_keys_are_remembered_as_right(make_app, keys, monkeypatch):
+    monkeypatch.setattr(callers, "MAX_TRUSTED", 2)
+    client = make_app(**OUTSIDE).test_client()
+    texts = [keys.create(owner="Ann", tier="free")[1] for _ in range(3)]
+    for text in texts:
+        ask(client, text)
+    for number in range(12):
+        ask(client, f"crane_{'a' * 12}_{number:032}")
+    assert [ask(client, text).status_code for text in texts] == [429, 200, 200]
+
+
 def test_keys_that_cannot_be_looked_up_are_answered_503(make_app, keys, tmp_path):
     _, text = keys.create(owner="Ann", tier="free")
     keys.close()
@@ -239,6 +257,12 @@ def test_the_first_start_that_needs_keys_prints_one_and_later_ones_do_not(gunico
     assert "crane_" not in again.log()
     assert "-H 'Authorization: Bearer YOUR_KEY'" in again.log()
     assert again.post(call, Authorization=f"Bearer {text}")[0] == 200
+
+
+def test_the_data_folder_is_the_services_own(gunicorn, tmp_path):
+    data = tmp_path / "kept"
+    gunicorn(CRANE_AUTH="required", CRANE_QUOTA="on", CRANE_DATA_DIR=data)
+    assert data.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_start_on_loopback_makes_no_key_and_no_database(gunicorn, tmp_path):

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up: a module imports from its own layer and from those above it in this table.
 LAYERS = [
-    ["backend.errors", "backend.logs", "backend.media", "backend.metrics"],
+    ["backend.errors", "backend.logs", "backend.media", "backend.metrics", "backend.private"],
     ["backend.media.fetch", "backend.quota.tiers"],
     ["backend.quota", "backend.quota.costs", "backend.quota.decisions"],
     ["backend.quota.redis", "backend.quota.sqlite"],
     ["backend.quota.failover"],
-    ["backend.private", "backend.key_text", "backend.migrations", "backend.migrations.versions.*"],
+    ["backend.key_text", "backend.migrations", "backend.migrations.versions.*"],
     ["backend.config", "backend.schemas", "backend.postgres"],
     ["backend.migrations.upgrade"],
     ["backend.migrations.ready"],

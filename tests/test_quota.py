@@ -174,6 +174,7 @@ def counter(add_task):
         max_tokens = Integer(low=1, high=100_000, load_default=500)
         used_tokens = Integer(low=0, high=100_000, load_default=0)
         seconds = Integer(low=0, high=100_000, load_default=0)
+        duration = Integer(low=1, high=1000, load_default=None, allow_none=True)
 
     class Counter(Echo):
         def predict(self, batch):
@@ -236,6 +237,36 @@ def test_the_models_own_defaults_are_held_where_nothing_is_asked_for(metered, co
     refused = run(metered("free 100/minute", [entry]), "counter")
     assert (refused.status_code, refused.json["error"]["code"]) == (403, "FORBIDDEN")
     assert "up to 200 units" in refused.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("cost", "inputs", "options", "units"),
+    [
+        ({"per_image": 30}, 4, {}, 120),
+        ({"per_image": 30}, 2, {"num_images": 2}, 120),
+        ({"per_1k_tokens": 100}, 3, {"max_tokens": 400}, 120),
+        ({"per_audio_minute": 60}, 2, {}, 120),
+        ({"per_audio_minute": 60}, 1, {"duration": 120}, 120),
+        ({"per_audio_minute": 30, "per_request": 105}, 1, {"duration": 30}, 120),
+    ],
+)
+def test_what_is_held_is_the_most_that_a_call_may_come_to(
+    metered, counter, cost, inputs, options, units
+):
+    client = metered("free 100/minute", [{**counter, "cost": cost}])
+    refused = run(client, "counter", ["hi"] * inputs if inputs > 1 else "hi", options=options)
+    assert refused.status_code == 403
+    assert f"costs up to {units} units" in refused.json["error"]["message"]
+    assert client.get("/crane/quota").json["limits"][0]["left"] == 100
+
+
+def test_who_has_nothing_left_is_refused_though_nothing_is_known_of_the_cost(metered):
+    client = metered(
+        "free 1/minute", [ECHO, {**ECHO, "id": "by-tokens", "cost": {"per_1k_tokens": 1}}]
+    )
+    assert run(client, "by-tokens").status_code == 200
+    assert run(client).status_code == 200
+    assert run(client, "by-tokens").status_code == 429
 
 
 @pytest.mark.parametrize("wrong", ["many", -5, 1e308, True, None, [1]])

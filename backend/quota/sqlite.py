@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgpack
 
+from backend.private import private_folder
 from backend.quota import decisions
 from backend.quota.decisions import Call, Decision, State
 from backend.quota.tiers import Tier
@@ -86,7 +87,7 @@ class SqliteStore:
         return self._connection
 
     def _open(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self._path.parent)
         connection = sqlite3.connect(
             self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
