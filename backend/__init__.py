@@ -36,6 +36,8 @@ def create_app(config: Config | None = None) -> Flask:
     keys, meter = Keys(config), Meter(config)
 
     app = Flask(__name__, static_folder=None)
+    # Nothing here is async: Flask would look at each hook and view for that, at each request.
+    app.ensure_sync = lambda func: func  # type: ignore[method-assign]
     app.config["MAX_CONTENT_LENGTH"] = config.max_body
     app.config["MAX_FORM_MEMORY_SIZE"] = config.max_body  # of a form's fields that are no files
     app.config["MAX_FORM_PARTS"] = bodies.MAX_FORM_PARTS

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 from backend.config import Config
 from backend.errors import Forbidden, InvalidApiKey, RateLimitExceeded
@@ -122,6 +123,7 @@ def _key_of(authorization: str | None, api_key: str | None) -> str | None:
     return text.strip()
 
 
+@lru_cache(4096)
 def _network(address: str) -> str:
     """An IPv4 address, or the /64 that an IPv6 one is in: whoever has one of it has all of it."""
     try:

@@ -23,9 +23,10 @@ def run() -> Response | dict[str, Any]:
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
-    with crane().admission():
+    parts = crane()
+    with parts.admission():
         output, metadata = run_model(
-            crane(),
+            parts,
             spec.id,
             body["input"],
             body["options"],

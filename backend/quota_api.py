@@ -36,28 +36,27 @@ def hold() -> None:
     The cost is the model's, so the body is read before: what is malformed, or asks for a model that
     is not there or not allowed, is told so and never metered.
     """
-    if request.url_rule is None or request.endpoint in OPEN or request.method == "OPTIONS":
+    endpoint, headers = request.endpoint, request.headers
+    if endpoint is None or endpoint in OPEN or request.method == "OPTIONS":
         return
-    headers = request.headers
-    g.caller = crane().callers.identify(
+    parts = crane()
+    caller = g.caller = parts.callers.identify(
         authorization=headers.get("Authorization"),
         api_key=headers.get("X-API-Key"),
         address=request.remote_addr or "",
     )
-    if g.caller.key_id is not None:
-        g.log["key_id"] = g.caller.key_id
-    if request.endpoint not in METERED:
+    if caller.key_id is not None:
+        g.log["key_id"] = caller.key_id
+    if endpoint not in METERED:
         return
-    g.body = load(_RUN_REQUEST, request_body())
-    g.log["model_id"] = g.body["model_id"][:100]
-    g.spec = crane().registry.get(g.body["model_id"])
-    g.caller.check_may_use(g.spec.id)
-    if crane().config.quota == "on":
-        cost = g.spec.cost.reserve(
-            asked(g.spec, g.body["options"]),
-            len(g.body["input"]) if type(g.body["input"]) is list else 1,
-        )
-        g.lease = crane().meter.let_in(g.caller.subject, g.caller.tier, cost)
+    body = g.body = load(_RUN_REQUEST, request_body())
+    g.log["model_id"] = body["model_id"][:100]
+    spec = g.spec = parts.registry.get(body["model_id"])
+    caller.check_may_use(spec.id)
+    if parts.config.quota == "on":
+        count = len(body["input"]) if type(body["input"]) is list else 1
+        cost = spec.cost.reserve(asked(spec, body["options"]), count)
+        g.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
 
 
 def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def settle(response: Response) -> Response:
     cost = g.spec.cost.settle(g.usage) if answered else 0
     standing = crane().meter.settle(lease, cost)
     if standing is not None:
-        response.headers.update(quota_headers(lease.call.tier, standing))
+        response.headers.extend(quota_headers(lease.call.tier, standing))
     return response
 
 

@@ -18,15 +18,17 @@ PARTS = 60  # of a window
 # No one can know when a call will end that was not ours to begin with; a second is soon.
 CONCURRENCY_RETRY_MS = 1000
 
-Entry = list[int]  # the times of the first and the last spend, in ms, and the thousandths spent
-
 
 @dataclass(slots=True)
 class State:
-    """What a store keeps of a caller: its leases' ends, and the entries of each window length."""
+    """What a store keeps of a caller: when its leases end, and what it spent, by window length.
+
+    An entry is three numbers of a window's list: the times of its first and its last spend, in ms,
+    and the thousandths. The oldest comes first.
+    """
 
     leases: dict[str, int]
-    spent: dict[int, list[Entry]]
+    spent: dict[int, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +101,24 @@ def look(state: State, tier: Tier, now: int) -> Decision:
 def _forget(state: State, tier: Tier, now: int) -> int:
     """Drop what is over; return the time, which never runs backwards for a caller."""
     windows = {limit.window_s * 1000 for limit in tier.limits}
-    for window in windows & state.spent.keys():
-        now = max([now, *(entry[1] for entry in state.spent[window][-1:])])
-    state.leases = {lease: end for lease, end in state.leases.items() if end > now}
-    kept = {
-        window: [entry for entry in entries if entry[1] + window > now]
-        for window, entries in state.spent.items()
-        if window in windows  # a tier may have been given another rate
-    }
-    state.spent = {window: entries for window, entries in kept.items() if entries}
+    for window in state.spent.keys() - windows:
+        del state.spent[window]  # the tier has been given another rate
+    for entries in state.spent.values():
+        now = max(now, entries[-2])
+    for window, entries in list(state.spent.items()):
+        over = 0
+        while over < len(entries) and entries[over + 1] + window <= now:
+            over += 3
+        del entries[:over]
+        if not entries:
+            del state.spent[window]
+    if any(end <= now for end in state.leases.values()):
+        state.leases = {lease: end for lease, end in state.leases.items() if end > now}
     return now
 
 
 def _used(state: State, window: int) -> int:
-    return sum(units for _, _, units in state.spent.get(window, ()))
+    return sum(state.spent.get(window, ())[2::3])
 
 
 def _wait_ms(state: State, limit: Limit, cost: int, now: int) -> int:
@@ -121,29 +127,34 @@ def _wait_ms(state: State, limit: Limit, cost: int, now: int) -> int:
     over = _used(state, window) + cost - limit.units * UNIT
     if over <= 0:
         return 0
-    for _, last, units in state.spent.get(window, ()):
-        over -= units
+    entries = state.spent.get(window, [])
+    for place in range(0, len(entries), 3):
+        over -= entries[place + 2]
         if over <= 0:
-            return last + window - now
+            return entries[place + 1] + window - now
     return window
 
 
 def _add(state: State, window: int, now: int, cost: int) -> None:
     entries = state.spent.setdefault(window, [])
-    if entries and now - entries[-1][0] < window // PARTS:
-        entries[-1][1] = now
-        entries[-1][2] += cost
+    if entries and now - entries[-3] < window // PARTS:
+        entries[-2] = now
+        entries[-1] += cost
     else:
-        entries.append([now, now, cost])
+        entries += now, now, cost
 
 
 def _change(state: State, window: int, at: int, change: int) -> None:
     """Have the entry that a spend went into hold more, or less; it may be forgotten by now."""
     entries = state.spent.get(window, [])
-    for entry in entries:
-        if entry[0] <= at <= entry[1]:
-            entry[2] = max(0, entry[2] + change)
-    state.spent[window] = [entry for entry in entries if entry[2]]
+    for place in range(0, len(entries) if change else 0, 3):
+        if entries[place] <= at <= entries[place + 1]:
+            entries[place + 2] = max(0, entries[place + 2] + change)
+            if not entries[place + 2]:
+                del entries[place : place + 3]
+                break
+    if not entries:
+        state.spent.pop(window, None)
 
 
 def _standing(
@@ -154,6 +165,6 @@ def _standing(
         window = limit.window_s * 1000
         left.append(max(0, limit.units * UNIT - _used(state, window)))
         entries = state.spent.get(window)
-        reset.append(entries[0][1] + window - now if entries else 0)
+        reset.append(entries[1] + window - now if entries else 0)
     running = len(state.leases)
     return Decision(now, refused_by, retry_after_ms, tuple(left), tuple(reset), running)
