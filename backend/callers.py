@@ -15,7 +15,7 @@ from functools import lru_cache
 from backend.config import Config
 from backend.errors import Forbidden, InvalidApiKey, RateLimitExceeded
 from backend.keys import Key, Keys, looks_like_key
-from backend.meter import Lease, Meter
+from backend.meter import Meter
 from backend.quota.tiers import UNIT, Limit, Tier
 
 logger = logging.getLogger("crane.callers")
@@ -79,25 +79,23 @@ class Callers:
     def _find(self, text: str, address: str) -> Key:
         # Never the key itself: nothing of it is kept longer than the request.
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        # Taken back where the key is right: what is counted are the wrong ones.
-        attempt = None if self._is_trusted(digest) else self._attempt(address)
+        subject = f"wrong:{_network(address)}"
+        if not self._is_trusted(digest):
+            standing = self._meter.look(subject, WRONG_KEYS)
+            if standing is not None and standing.left[0] < UNIT:
+                raise _too_many(standing.reset_ms[0] / 1000)
         key = self._keys.find(text)
         if key is None:
+            # Only now: calls with a right key, however many at once, are no attempts to find one.
+            try:
+                attempt = self._meter.let_in(subject, WRONG_KEYS, UNIT)
+            except RateLimitExceeded as error:
+                raise _too_many(error.retry_after_s or 1) from None
+            if attempt is not None:
+                self._meter.settle(attempt, UNIT)
             raise InvalidApiKey("This API key is not valid: it is wrong, expired or revoked.")
         self._trust(digest)
-        if attempt is not None:
-            self._meter.settle(attempt, 0)
         return key
-
-    def _attempt(self, address: str) -> Lease | None:
-        try:
-            return self._meter.let_in(f"wrong:{_network(address)}", WRONG_KEYS, UNIT)
-        except RateLimitExceeded as error:
-            raise RateLimitExceeded(
-                "Too many wrong API keys came from this address; try again in "
-                f"{error.retry_after_s:.0f} s.",
-                retry_after_s=error.retry_after_s,
-            ) from None
 
     def _is_trusted(self, digest: bytes) -> bool:
         with self._lock:
@@ -109,6 +107,12 @@ class Callers:
             self._trusted.move_to_end(digest)
             if len(self._trusted) > MAX_TRUSTED:
                 self._trusted.popitem(last=False)
+
+
+def _too_many(wait_s: float) -> RateLimitExceeded:
+    wait_s = math.ceil(wait_s)
+    message = f"Too many wrong API keys came from this address; try again in {wait_s} s."
+    return RateLimitExceeded(message, retry_after_s=wait_s)
 
 
 def _key_of(authorization: str | None, api_key: str | None) -> str | None:

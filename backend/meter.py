@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ logger = logging.getLogger("crane.quota")
 # Past a call's deadline: what it takes to be queued, answered and settled. A worker that is killed
 # holds its leases until then.
 LEASE_MARGIN_S = 15.0
+# A lease may end just after its answer's last byte, and whoever got that may call again at once.
+LOOK_AGAIN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,11 @@ class Lease:
 
     call: Call
     standing: Decision
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its caller was far from as many calls at once as it may have."""
+        return 4 * self.standing.running <= self.call.tier.concurrency
 
 
 class Meter:
@@ -68,6 +76,13 @@ class Meter:
                 )
         call = Call(subject, tier, secrets.token_hex(8), cost, self._lease_ms)
         standing = self._decide(lambda store: store.spend(call))
+        if standing is not None and standing.refused_by == "concurrency":
+            time.sleep(LOOK_AGAIN_S)
+            standing = self._decide(lambda store: store.spend(call))
+        if standing is None and self._config.quota_on_outage == "deny":
+            raise QuotaUnavailable(
+                "Quotas are not known now, so no call is let in; try again in 1 s.", retry_after_s=1
+            )
         if standing is None:
             return None
         metrics.QUOTA_DECISIONS.labels(tier.name, standing.refused_by or "granted").inc()
@@ -92,21 +107,16 @@ class Meter:
         self._store.close()
 
     def _decide(self, step: Callable[[Store], Decision]) -> Decision | None:
+        """None where quotas are not known: nothing but letting calls in waits for them."""
         if isinstance(self._store, FailoverStore) and self._store.away:
             metrics.QUOTA_LOCAL.labels(self._config.quota_on_outage).inc()
         try:
             return step(self._store)
-        except QuotaAway:
-            fault = "Redis does not answer"
+        except QuotaAway:  # which was logged
+            return None
         except sqlite3.Error:
             logger.exception("quotas cannot be kept in %s", self._config.data_dir)
-            fault = "their file cannot be written"
-        if self._config.quota_on_outage == "deny":
-            raise QuotaUnavailable(
-                f"Quotas are not known now ({fault}), so no call is let in; try again in 1 s.",
-                retry_after_s=1,
-            )
-        return None
+            return None
 
 
 def refusal(tier: Tier, standing: Decision) -> RateLimitExceeded | ConcurrencyLimitExceeded:

@@ -9,6 +9,7 @@ from flask import Blueprint, Flask, Response, current_app, g, request
 from backend.bodies import request_body
 from backend.meter import Lease, quota_headers, units
 from backend.models import Crane
+from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
 from backend.schemas import RunRequest, load
 
@@ -81,7 +82,13 @@ def settle(response: Response) -> Response:
         return response
     answered = response.status_code < 400
     cost = g.spec.cost.settle(g.usage) if answered else 0
-    standing = crane().meter.settle(lease, cost)
+    standing: Decision | None = lease.standing
+    meter = crane().meter
+    if cost == lease.call.cost and lease.has_room:
+        # The answer need not wait for it: the caller cannot miss that place until its next call.
+        response.call_on_close(lambda: meter.settle(lease, cost))
+    else:
+        standing = meter.settle(lease, cost)
     if standing is not None:
         response.headers.extend(quota_headers(lease.call.tier, standing))
     return response

@@ -88,8 +88,9 @@ def client(make_app):
 
 
 def run(client, model_id="echo", input="hello", **body):
-    """POST /crane/run as a caller does."""
-    return client.post("/crane/run", json={"model_id": model_id, "input": input, **body})
+    """POST /crane/run as a caller does, and read the answer to its end."""
+    body = {"model_id": model_id, "input": input, **body}
+    return client.post("/crane/run", json=body, buffered=True)
 
 
 @pytest.fixture

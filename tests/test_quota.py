@@ -114,6 +114,18 @@ def test_so_many_calls_run_at_once_and_a_place_is_free_when_one_has_ended(metere
         assert run(client).status_code == 200
 
 
+@pytest.mark.parametrize("concurrency", [1, 2, 8])
+def test_a_caller_is_not_in_its_own_way(gunicorn, concurrency):
+    tiers = f"free 100000/minute concurrency={concurrency}"
+    server = gunicorn(CRANE_QUOTA="on", CRANE_TIERS=tiers, CRANE_WORKERS=2)
+
+    def calls(_):
+        return {server.run()[0] for _ in range(100)}
+
+    with ThreadPoolExecutor(concurrency) as threads:
+        assert list(threads.map(calls, range(concurrency))) == [{200}] * concurrency
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -508,6 +520,23 @@ def test_what_happens_without_redis_is_a_setting(metered, policy, statuses, caps
         assert answers[0].json["error"]["code"] == "QUOTA_UNAVAILABLE"
         assert answers[0].headers["Retry-After"] == "1"
         assert client.get("/crane/models").status_code == 200
+
+
+@pytest.mark.parametrize("policy", ["local", "allow", "deny"])
+def test_a_call_that_was_let_in_is_answered_though_redis_went_away(metered, valkey, policy):
+    settings = {"redis_url": valkey.url, "quota_on_outage": policy}
+    client = metered("free 9/minute", **settings)
+    answers = []
+
+    def call():
+        answers.append(run(client, options={"delay_ms": 800}).status_code)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_for(lambda: client.get("/crane/quota").json["concurrency"]["running"] == 1)
+    valkey.kill()
+    thread.join()
+    assert answers == [200]
 
 
 def test_a_file_that_cannot_be_written_does_not_fail_calls(metered, tmp_path):

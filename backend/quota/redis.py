@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from backend.quota.tiers import UNIT, Tier
 # On the same machine or network a step takes a fraction of a millisecond; who waits longer has no
 # Redis. Half a second is the most that a call may take because of it, connecting included.
 TIMEOUT_S = 0.2
-_SCRIPT = Path(__file__).with_name("quota.lua")
+_SCRIPT = Path(__file__).with_name("quota.lua").read_text()
+_SHA = hashlib.sha1(_SCRIPT.encode()).hexdigest()  # which is how Redis names a script
 
 
 class RedisStore:
@@ -30,7 +32,7 @@ class RedisStore:
             # Once more where a connection was closed since it was last used, which is told at once.
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
         )
-        self._script = self._redis.register_script(_SCRIPT.read_text())
+        self._no_script = redis.exceptions.NoScriptError
 
     def spend(self, call: Call) -> Decision:
         return self._run("spend", call.subject, call.tier, call)
@@ -63,7 +65,12 @@ class RedisStore:
         arguments += [at, cost]
         for limit in tier.limits:
             arguments += [limit.units * UNIT, limit.window_s * 1000]
-        answer = self._script(keys=[f"crane:quota:{{{subject}}}"], args=arguments)
+        key = f"crane:quota:{{{subject}}}"
+        # Not by a Script of the library, which takes 25 µs more.
+        try:
+            answer = self._redis.evalsha(_SHA, 1, key, *arguments)
+        except self._no_script:  # a server that is new, or was flushed
+            answer = self._redis.eval(_SCRIPT, 1, key, *arguments)
         at, refused, retry_after_ms, running, *limits = answer
         refused_by = None
         if refused:
