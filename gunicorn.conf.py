@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from gunicorn import glogging
@@ -24,6 +25,8 @@ from backend.registry import Registry
 
 HERE = Path(__file__).resolve().parent
 LINGER_MS = 20  # a client that calls again and again does so sooner
+ACCEPT_DELAY_S = 0.00002  # for each connection that a worker has
+MAX_ACCEPT_DELAY_S = 0.001
 UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest name we put in the folder is engine.alive
 
 os.environ.setdefault("CRANE_ENGINE", "process")
@@ -64,6 +67,13 @@ class Worker(ThreadWorker):
             result = super().handle(conn)
         return result
 
+    def accept(self, listener):
+        # All workers hear of a connection, and the one that is quickest takes it: let that be one
+        # with few, or a client's whole pool of connections may end in one worker.
+        if self.cfg.workers > 1:
+            time.sleep(min(self.nr_conns * ACCEPT_DELAY_S, MAX_ACCEPT_DELAY_S))
+        super().accept(listener)
+
     def set_accept_enabled(self, enabled):
         super().set_accept_enabled(enabled)
         if not self.alive:
@@ -92,6 +102,11 @@ keepalive = 75  # above the 60 s after which common proxies and clients let go o
 timeout = 300
 graceful_timeout = math.ceil(settings.request_timeout_s) + 5
 logger_class = Logger
+# What a proxy says of a client is CRANE_TRUSTED_PROXIES' to believe. So gunicorn need not look at
+# each request's address for whether to believe it what it is told to ignore.
+forwarded_allow_ips = "*"
+secure_scheme_headers = {}
+forwarder_headers = ""
 control_socket_disable = True  # its one path per user would be fought over by two services
 logconfig_dict = logging_config(settings.log_level, settings.log_format)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+import secrets
 import time
-import uuid
 from typing import Any
 
 import orjson
@@ -101,7 +101,7 @@ def begin() -> None:
     g.started = time.perf_counter()
     g.log = {}
     sent = request.headers.get("X-Request-ID")
-    g.request_id = sent if sent and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+    g.request_id = sent if sent and _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
 
 
 def finish(response: Response) -> Response:

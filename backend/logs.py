@@ -7,6 +7,7 @@ import logging
 import logging.config
 import sys
 import time
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -63,8 +64,12 @@ def _quoted(value: Any) -> str:
 
 
 def _utc(record: logging.LogRecord) -> str:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{stamp}.{int(record.msecs):03d}Z"
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@lru_cache(16)  # of one second there are many lines
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def set_up(level: str, format_: str) -> None:

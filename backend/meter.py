@@ -85,8 +85,8 @@ class Meter:
             )
         if standing is None:
             return None
-        metrics.QUOTA_DECISIONS.labels(tier.name, standing.refused_by or "granted").inc()
         if standing.refused_by is not None:
+            metrics.QUOTA_REFUSALS.labels(tier.name, standing.refused_by).inc()
             raise refusal(tier, standing)
         return Lease(call, standing)
 

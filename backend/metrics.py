@@ -18,10 +18,10 @@ from prometheus_client import (
 )
 
 REQUESTS = Counter("crane_requests", "Requests answered.", ["route", "status"])
-QUOTA_DECISIONS = Counter(
-    "crane_quota_decisions",
-    "Calls let in (granted), or refused by their caller's rate, budget or concurrency.",
-    ["tier", "decision"],
+QUOTA_REFUSALS = Counter(
+    "crane_quota_refusals",
+    "Calls refused by their caller's rate, budget or concurrency.",
+    ["tier", "limit"],
 )
 QUOTA_LOCAL = Counter(
     "crane_quota_away_decisions",
