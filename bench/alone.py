@@ -16,6 +16,7 @@ class AnswersItself(EngineClient):
             outputs=call.inputs,
             usage=[{}] * len(call.inputs),
             facts=[{}] * len(call.inputs),
+            applied=[{}] * len(call.inputs),
             revision=None,
             device="cpu",
             dtype="none",

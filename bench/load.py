@@ -38,12 +38,19 @@ def _row(result: Result) -> list[float]:
 
 
 def measure(
-    port: int, path: str, bodies: list[dict], *, clients: int, seconds: float, warm_s: float = 0.5
+    port: int,
+    path: str,
+    bodies: list[dict],
+    *,
+    clients: int,
+    seconds: float,
+    warm_s: float = 0.5,
+    headers: dict[str, str] | None = None,
 ) -> Result:
     """Load ``path`` with ``clients`` at once; raises when an answer is not a 200."""
     job = {
         "port": port,
-        "requests": [_request(path, body) for body in bodies],
+        "requests": [_request(path, body, headers or {}) for body in bodies],
         "clients": clients,
         "seconds": seconds,
         "warm_s": warm_s,
@@ -61,10 +68,11 @@ def measure(
     return Result(**json.loads(done.stdout))
 
 
-def _request(path: str, body: dict) -> str:
+def _request(path: str, body: dict, headers: dict[str, str]) -> str:
     data = json.dumps(body)
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(data.encode())}\r\n\r\n{data}"
+    return f"{head}{more}Content-Length: {len(data.encode())}\r\n\r\n{data}"
 
 
 class _Client:
