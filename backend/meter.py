@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from backend import metrics
 from backend.config import Config
@@ -25,6 +26,8 @@ from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import UNIT, Limit, Tier
 
 logger = logging.getLogger("crane.quota")
+
+T = TypeVar("T")
 
 # Past a call's deadline: what it takes to be queued, answered and settled. A worker that is killed
 # holds its leases until then.
@@ -94,6 +97,10 @@ class Meter:
         """End a lease; the call costs ``cost``, whatever was spent for it before."""
         return self._decide(lambda store: store.settle(lease.call, lease.standing.at, cost))
 
+    def end(self, lease: Lease) -> None:
+        """End the lease of a call that cost what was spent for it."""
+        self._decide(lambda store: store.end(lease.call))
+
     def look(self, subject: str, tier: Tier) -> Decision | None:
         return self._decide(lambda store: store.look(subject, tier))
 
@@ -106,7 +113,7 @@ class Meter:
     def close(self) -> None:
         self._store.close()
 
-    def _decide(self, step: Callable[[Store], Decision]) -> Decision | None:
+    def _decide(self, step: Callable[[Store], T]) -> T | None:
         """None where quotas are not known: nothing but letting calls in waits for them."""
         if isinstance(self._store, FailoverStore) and self._store.away:
             metrics.QUOTA_LOCAL.labels(self._config.quota_on_outage).inc()

@@ -86,7 +86,7 @@ def settle(response: Response) -> Response:
     meter = crane().meter
     if cost == lease.call.cost and lease.has_room:
         # The answer need not wait for it: the caller cannot miss that place until its next call.
-        response.call_on_close(lambda: meter.settle(lease, cost))
+        response.call_on_close(lambda: meter.end(lease))
     else:
         standing = meter.settle(lease, cost)
     if standing is not None:

@@ -293,7 +293,7 @@ def hardened(tmp_path_factory):
     from tests.conftest import write_models
 
     models = write_models(tmp_path_factory.mktemp("hardened"), [EMBEDDER])
-    app = create_app(Config(models=models))
+    app = create_app(Config(models=models, quota="off"))
     yield app.test_client()
     app.extensions["crane"].engine.close()
 

@@ -41,6 +41,7 @@ def app(checkpoint, tmp_path_factory):
             dtype="float32",
             device="cpu",
             max_batch=512,
+            quota="off",
         )
     )
     yield app

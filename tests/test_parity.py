@@ -387,6 +387,7 @@ def app(place, folder_of, tmp_path_factory):
             device=device,
             dtype=dtype,
             log_format="json",
+            quota="off",
         )
     )
     yield app

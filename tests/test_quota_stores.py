@@ -170,6 +170,15 @@ def test_a_call_that_came_to_more_is_paid_for_before_the_next(store, clock):
     assert store.spend(call("next")).left == (4000,)
 
 
+def test_a_lease_may_be_ended_without_a_word(store):
+    for number in range(30):
+        spent = store.spend(call(str(number), tier=tiers("free 100/minute concurrency=1")["free"]))
+        assert (spent.refused_by, spent.left) == (None, (99_000 - number * 1000,))
+        store.end(call(str(number), tier=tiers("free 100/minute concurrency=1")["free"]))
+    standing = store.look("someone", tiers("free 100/minute")["free"])
+    assert (standing.left, standing.running) == ((70_000,), 0)
+
+
 def test_a_refund_is_of_the_calls_own_time(store, clock):
     first = store.spend(call("first", cost=2000))
     clock.seconds += 30

@@ -63,6 +63,9 @@ class Store(Protocol):
     def settle(self, call: Call, at: int, cost: int) -> Decision:
         """End a call's lease, and have it cost what it did; does nothing for a lease that ended."""
 
+    def end(self, call: Call) -> None:
+        """End the lease of a call that cost what was spent for it; nobody waits for more."""
+
     def look(self, subject: str, tier: Tier) -> Decision:
         """How a caller stands."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from backend.quota.decisions import Call, Decision, Store
 from backend.quota.redis import RedisStore
@@ -12,6 +13,8 @@ from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import Tier
 
 logger = logging.getLogger("crane.quota")
+
+T = TypeVar("T")
 
 PROBE_S = 0.5  # between looks for a Redis that was away
 
@@ -50,6 +53,9 @@ class FailoverStore:
         # A lease of the other store's is none here, and ends there by itself.
         return self._decide(lambda store: store.settle(call, at, cost))
 
+    def end(self, call: Call) -> None:
+        self._decide(lambda store: store.end(call))
+
     def look(self, subject: str, tier: Tier) -> Decision:
         return self._decide(lambda store: store.look(subject, tier))
 
@@ -58,7 +64,7 @@ class FailoverStore:
         self._redis.close()
         self._sqlite.close()
 
-    def _decide(self, step: Callable[[Store], Decision]) -> Decision:
+    def _decide(self, step: Callable[[Store], T]) -> T:
         if not self.away:
             try:
                 return step(self._redis)
