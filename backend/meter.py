@@ -55,6 +55,7 @@ class Meter:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._lease_ms = int((config.request_timeout_s + LEASE_MARGIN_S) * 1000)
+        self._broken = False  # the host's own file
         self._store: SqliteStore | FailoverStore = SqliteStore(config.data_dir / "quota.db")
         if config.redis_url is not None:
             self._store = FailoverStore(
@@ -118,12 +119,16 @@ class Meter:
         if isinstance(self._store, FailoverStore) and self._store.away:
             metrics.QUOTA_LOCAL.labels(self._config.quota_on_outage).inc()
         try:
-            return step(self._store)
+            decided = step(self._store)
         except QuotaAway:  # which was logged
             return None
         except sqlite3.Error:
-            logger.exception("quotas cannot be kept in %s", self._config.data_dir)
+            if not self._broken:  # said once, not at every call
+                logger.exception("quotas cannot be kept in %s", self._config.data_dir)
+            self._broken = True
             return None
+        self._broken = False
+        return decided
 
 
 def refusal(tier: Tier, standing: Decision) -> RateLimitExceeded | ConcurrencyLimitExceeded:

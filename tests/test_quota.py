@@ -536,13 +536,14 @@ def test_a_call_that_was_let_in_is_answered_though_redis_went_away(metered, valk
     assert answers == [200]
 
 
-def test_a_file_that_cannot_be_written_does_not_fail_calls(metered, tmp_path):
+def test_a_file_that_cannot_be_written_does_not_fail_calls(metered, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "quota.db").write_bytes(
         b"not a database, and long enough to be read as one" * 40
     )
     client = metered("free 2/minute")
     assert {run(client).status_code for _ in range(5)} == {200}
+    assert capsys.readouterr().err.count("quotas cannot be kept in") == 1
 
 
 def test_a_killed_workers_leases_end_by_themselves(gunicorn):
