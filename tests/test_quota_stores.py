@@ -270,9 +270,10 @@ def test_the_stores_agree_on_thousands_of_random_steps(valkey, tmp_path, clock):
 
 
 def race(make, at_once, subjects, results):
+    at_once.wait(30)  # before the file is made, too
     store = make()
     for subject in subjects:
-        at_once.wait()
+        at_once.wait(30)
         results.put((subject, admitted(store, 4, subject=subject)))
     store.close()
 
@@ -286,7 +287,10 @@ def test_eight_processes_that_race_are_let_in_exactly_as_often_as_the_rate_says(
     make = (lambda: RedisStore(valkey.url)) if kind == "redis" else (lambda: SqliteStore(path))
     subjects = [f"race-{number}" for number in range(20)]
     at_once, results = fork.Barrier(8), fork.Queue()
-    racers = [fork.Process(target=race, args=(make, at_once, subjects, results)) for _ in range(8)]
+    racers = [
+        fork.Process(target=race, args=(make, at_once, subjects, results), daemon=True)
+        for _ in range(8)
+    ]
     for racer in racers:
         racer.start()
     let_in = dict.fromkeys(subjects, 0)

@@ -19,6 +19,7 @@ from backend.quota.tiers import Tier
 
 BUSY_TIMEOUT_S = 0.25  # for other processes' steps of some 20 µs each
 BUSY_WAIT_S = 0.0001
+OPEN_TIMEOUT_S = 5.0  # for others that make the file just then, once in its life
 SWEEP_MS = 60_000  # between looks for callers of whom nothing is left
 
 
@@ -102,14 +103,14 @@ class SqliteStore:
     def _open(self) -> sqlite3.Connection:
         private_folder(self._path.parent)
         connection = sqlite3.connect(
-            self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            self._path, timeout=0, isolation_level=None, check_same_thread=False
         )
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            # Workers that start together all do this, and SQLite itself does not wait for it.
+            _execute(connection, "PRAGMA journal_mode = WAL", within_s=OPEN_TIMEOUT_S)
+            _execute(connection, _CREATE, within_s=OPEN_TIMEOUT_S)
             # A power cut may lose the last spends, never the file: no reason to wait for the disk.
             connection.execute("PRAGMA synchronous = OFF")
-            connection.execute(_CREATE)
-            connection.execute("PRAGMA busy_timeout = 0")  # from now on: see _execute
             connection.create_function("step", 1, self._change)
         except BaseException:
             connection.close()
@@ -117,17 +118,22 @@ class SqliteStore:
         return connection
 
 
-def _execute(connection: sqlite3.Connection, statement: str, values: Any) -> None:
+def _execute(
+    connection: sqlite3.Connection,
+    statement: str,
+    values: Any = (),
+    within_s: float = BUSY_TIMEOUT_S,
+) -> None:
     """Execute a statement as soon as no other process is at one.
 
     SQLite's own waits are of 1 ms, then 2, then 5 and up to 100: long beside a step of 20 µs.
     """
-    until = time.monotonic() + BUSY_TIMEOUT_S
+    until = time.monotonic() + within_s
     while True:
         try:
             connection.execute(statement, values)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
         else:
             return
