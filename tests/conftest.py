@@ -93,6 +93,23 @@ def run(client, model_id="echo", input="hello", **body):
     return client.post("/crane/run", json=body, buffered=True)
 
 
+def together(client, requests):
+    """Send requests at once, each from a thread of its own; answers in the same order."""
+    answers = [None] * len(requests)
+    at_once = threading.Barrier(len(requests))
+
+    def send(place, request):
+        at_once.wait()
+        answers[place] = client.post("/crane/run", json=request)
+
+    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return answers
+
+
 @pytest.fixture
 def gunicorn(tmp_path):
     """Start real gunicorn servers: ``gunicorn([entry, …], CRANE_WORKERS=3)``; stop them after."""

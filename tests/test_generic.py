@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 import shutil
-import threading
 from io import BytesIO
 from itertools import cycle, islice
 
@@ -24,7 +23,7 @@ from backend.tasks import TASKS
 from backend.tasks.generic import GENERIC, NOT_SERVED, dump_generic
 from tests import generic_checkpoints
 from tests.checkpoints import bart
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.generic_checkpoints import LABELS
 from tests.gpu import GPU
 from tests.pictures import base64_of, picture, read
@@ -349,23 +348,6 @@ def assert_near(output, expected):
         assert output == pytest.approx(expected, abs=1e-4)
     else:
         assert output == expected
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 # Parity.

@@ -21,7 +21,7 @@ from werkzeug.test import stream_encode_multipart
 from backend.adapters.images import ImageGenerator
 from backend.tasks.images import SCHEDULERS
 from tests.checkpoints import checkpoint, sentence
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, difference, mask, picture, read, written
 
@@ -102,23 +102,6 @@ def direct(checkpoint):
         return np.asarray(output.images[0])
 
     return call
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 # Parity.

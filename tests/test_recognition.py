@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import wave
 from io import BytesIO
 from itertools import cycle, islice
@@ -20,7 +19,7 @@ from backend.adapters.recognition import SpeechRecognizer
 from backend.adapters.recognition_ctc import CtcListener
 from backend.adapters.recognition_whisper import WhisperListener
 from backend.errors import CraneError, DeadlineExceeded
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.recognition_checkpoints import BUILDERS
 
@@ -157,23 +156,6 @@ def words_of(answer):
         for chunk in answer["chunks"]
         if (text := chunk["text"].strip())
     ]
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 # Parity.

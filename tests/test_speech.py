@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
 from itertools import cycle, islice
 
 import av
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from backend.adapters.sound_models import MusicGen, Vits
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.sounds import heard
 from tests.speech_checkpoints import BUILDERS
@@ -105,23 +104,6 @@ def direct(checkpoint):
         return samples[0].T if kind == "musicgen_stereo" else samples.reshape(-1)
 
     return call
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 def alike(output, expected):

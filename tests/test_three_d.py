@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import threading
 import time
 from io import BytesIO
 from itertools import cycle, islice
@@ -18,7 +17,7 @@ import pytest
 from backend.media.meshes import encode_mesh
 from tests import diffusers_checkpoints, three_d_checkpoints
 from tests.checkpoints import sentence
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
@@ -94,23 +93,6 @@ def assert_same(output, mesh, format_="glb", near=0.0):
     channels = np.stack([mesh.vertex_channels[name].cpu().numpy() for name in "RGB"], axis=1)
     assert channels.std() > 0.1
     assert np.abs(colors - 255 * channels).max() <= 1
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 # Parity.

@@ -22,7 +22,7 @@ from backend.media.parts import Media
 from backend.tasks import TASKS
 from tests import video_checkpoints
 from tests.checkpoints import sentence
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, difference, picture
 
@@ -127,23 +127,6 @@ def input_for(type_, family, index=0):
 
 def fewest(type_, family):
     return (OF_TEXTS if type_ == "text-to-video" else OF_PICTURES)[family][1]
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 # Parity.

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from backend.adapters import segmentation, vision_base, zero_shot_image
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, picture, read, written
-from tests.vision_calls import checkpoint, together
+from tests.vision_calls import checkpoint
 
 __all__ = ["checkpoint"]
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from backend.adapters import vision_base
 from backend.adapters.vision_text import PictureWriter
-from tests.conftest import run
+from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, picture
-from tests.vision_calls import checkpoint, together
+from tests.vision_calls import checkpoint
 
 __all__ = ["checkpoint"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from tests import vision_checkpoints, vision_text_checkpoints
@@ -24,20 +22,3 @@ def checkpoint(tmp_path_factory):
         return built[name]
 
     return folder
-
-
-def together(client, requests):
-    """Send requests at once, each from a thread of its own; answers in the same order."""
-    answers = [None] * len(requests)
-    at_once = threading.Barrier(len(requests))
-
-    def send(place, request):
-        at_once.wait()
-        answers[place] = client.post("/crane/run", json=request)
-
-    threads = [threading.Thread(target=send, args=pair) for pair in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return answers
