@@ -74,12 +74,34 @@ class Generator(TransformersAdapter):
         self, prompts: list[list[int]], places: list[int], batch: Batch
     ) -> list[Prediction]:
         """Write after each prompt; ``places[row]`` is the row's place in the batch."""
+        input_ids, mask = self._padded(prompts)
+        return self.write(
+            {"input_ids": input_ids, "attention_mask": mask},
+            places,
+            batch,
+            prompts=[len(prompt) for prompt in prompts],
+            room=[self.room(prompt, batch.options) for prompt in prompts],
+            start=1 if self.model.config.is_encoder_decoder else input_ids.shape[1],
+        )
+
+    def write(
+        self,
+        inputs: Mapping[str, Any],
+        places: list[int],
+        batch: Batch,
+        *,
+        prompts: list[int],
+        room: list[int],
+        start: int,
+    ) -> list[Prediction]:
+        """Write a text for each row; ``places[row]`` is its place in the batch.
+
+        ``prompts`` has each row's tokens, ``room`` how many may follow, and ``start`` is the column
+        where writing begins.
+        """
         import torch
 
         options = batch.options
-        room = [self.room(prompt, options) for prompt in prompts]
-        input_ids, mask = self._padded(prompts)
-        start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
         ending = Ending(
             room=room,
             start=start,
@@ -89,8 +111,7 @@ class Generator(TransformersAdapter):
         )
         with torch.inference_mode():
             output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
+                **inputs,
                 generation_config=self.config(options, max(room)),
                 logits_processor=sampling(
                     options, [batch.seeds[place] for place in places], self.device
@@ -98,7 +119,7 @@ class Generator(TransformersAdapter):
                 stopping_criteria=[ending.criterion()],
             )
         return [
-            self._prediction(row[start:][:written], len(prompt), most, options)
+            self._prediction(row[start:][:written], prompt, most, options)
             for row, written, prompt, most in zip(
                 output.tolist(), ending.written, prompts, room, strict=True
             )

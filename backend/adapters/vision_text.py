@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.base import Batch, Prediction
-from backend.adapters.decoding import Ending, sampling
 from backend.adapters.generation import Generator
 from backend.adapters.vision_base import as_picture, of_one_shape, process, stack
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -37,47 +36,6 @@ class PictureWriter(Generator):
     def unload(self) -> None:
         del self.processor
         super().unload()
-
-    def write(
-        self,
-        inputs: Mapping[str, Any],
-        places: list[int],
-        batch: Batch,
-        *,
-        prompts: list[int],
-        room: list[int],
-        start: int,
-    ) -> list[Prediction]:
-        """Write a text for each row; ``places[row]`` is its place in the batch.
-
-        ``prompts`` has each row's tokens, ``room`` how many may follow, and ``start`` is the column
-        where writing begins.
-        """
-        import torch
-
-        options = batch.options
-        ending = Ending(
-            room=room,
-            start=start,
-            stop=options["stop"],
-            decode=self._text,
-            cancelled=lambda row: batch.cancelled(places[row]),
-        )
-        with torch.inference_mode():
-            output = self.model.generate(
-                **inputs,
-                generation_config=self.config(options, max(room)),
-                logits_processor=sampling(
-                    options, [batch.seeds[place] for place in places], self.device
-                ),
-                stopping_criteria=[ending.criterion()],
-            )
-        return [
-            self._prediction(row[start:][:written], prompt, most, options)
-            for row, written, prompt, most in zip(
-                output.tolist(), ending.written, prompts, room, strict=True
-            )
-        ]
 
 
 class Captioner(PictureWriter):
