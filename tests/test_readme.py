@@ -176,6 +176,11 @@ def test_every_curl_is_answered_as_shown(shipped, tmp_path):
     assert wrong == {}
 
 
+def test_the_readmes_calls_leave_no_warning_in_the_log(shipped):
+    assert shipped.run("text-embedder-v1", "Cranes dance.")[0] == 200
+    assert shipped.log_lines(level="WARNING") + shipped.log_lines(level="ERROR") == []
+
+
 def test_a_shown_answer_that_is_not_so_is_noticed():
     shown = parse('{"output": [1.0, 2.0, …], "metadata": {"a": 1, "device": "cpu", …}}')
     real = {"output": [1.001, 2.0, 3.0], "metadata": {"a": 1, "device": "cuda:0", "b": 2}}

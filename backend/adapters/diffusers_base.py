@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import logging
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -197,8 +196,6 @@ def _import_quietly() -> Any:
     import transformers
 
     quiet()
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -17,9 +17,9 @@ class SentenceTransformersAdapter(Adapter):
     class_name: str
 
     def load(self) -> None:
+        quiet()
         import sentence_transformers
 
-        quiet()
         weights, revision = find_weights(self.spec)
         self.device = pick_device(self.device)
         how = {"dtype": pick_dtype(self.dtype, self.device), **self.spec.load_kwargs}
