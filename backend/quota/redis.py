@@ -35,15 +35,16 @@ class RedisStore:
         self._no_script = redis.exceptions.NoScriptError
 
     def spend(self, call: Call) -> Decision:
-        return self._run("spend", call.subject, call.tier, call)
+        return self._run(call.tier, self._step("spend", call.subject, call.tier, call))
 
     def settle(self, call: Call, at: int, cost: int) -> Decision:
-        return self._run("settle", call.subject, call.tier, call, at, cost)
+        step = self._step("settle", call.subject, call.tier, call, at, cost)
+        return self._run(call.tier, step)
 
     def end(self, call: Call) -> None:
         # Written, and not waited for: the server is told to answer nothing, so that the connection
         # is ready for its next use. What gets lost on the way ends by itself.
-        step = self._arguments("settle", call.subject, call.tier, call, cost=call.cost)
+        step = self._step("settle", call.subject, call.tier, call, cost=call.cost)
         pool = self._redis.connection_pool
         connection = pool.get_connection()
         try:
@@ -54,7 +55,7 @@ class RedisStore:
             pool.release(connection)
 
     def look(self, subject: str, tier: Tier) -> Decision:
-        return self._run("look", subject, tier)
+        return self._run(tier, self._step("look", subject, tier))
 
     def ping(self) -> None:
         """Raise where the server does not answer, or cannot run the script."""
@@ -63,29 +64,7 @@ class RedisStore:
     def close(self) -> None:
         self._redis.close()
 
-    def _run(
-        self,
-        op: str,
-        subject: str,
-        tier: Tier,
-        call: Call | None = None,
-        at: int = 0,
-        cost: int = 0,
-    ) -> Decision:
-        step = self._arguments(op, subject, tier, call, at, cost)
-        # Not by a Script of the library, which takes 25 µs more.
-        try:
-            answer = self._redis.evalsha(_SHA, 1, *step)
-        except self._no_script:  # a server that is new, or was flushed
-            answer = self._redis.eval(_SCRIPT, 1, *step)
-        at, refused, retry_after_ms, running, *limits = answer
-        refused_by = None
-        if refused:
-            refused_by = "concurrency" if refused < 0 else tier.limits[refused - 1].name
-        left, reset_ms = tuple(limits[0::2]), tuple(limits[1::2])
-        return Decision(at, refused_by, retry_after_ms, left, reset_ms, running)
-
-    def _arguments(
+    def _step(
         self,
         op: str,
         subject: str,
@@ -102,6 +81,19 @@ class RedisStore:
         for limit in tier.limits:
             step += [limit.units * UNIT, limit.window_s * 1000]
         return step
+
+    def _run(self, tier: Tier, step: list[str | int]) -> Decision:
+        # Not by a Script of the library, which takes 25 µs more.
+        try:
+            answer = self._redis.evalsha(_SHA, 1, *step)
+        except self._no_script:  # a server that is new, or was flushed
+            answer = self._redis.eval(_SCRIPT, 1, *step)
+        at, refused, retry_after_ms, running, *limits = answer
+        refused_by = None
+        if refused:
+            refused_by = "concurrency" if refused < 0 else tier.limits[refused - 1].name
+        left, reset_ms = tuple(limits[0::2]), tuple(limits[1::2])
+        return Decision(at, refused_by, retry_after_ms, left, reset_ms, running)
 
 
 _PING = Tier("ping", (), 1)
