@@ -8,12 +8,11 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import click
-from flask import current_app
 from flask.cli import AppGroup
 
 from backend.errors import KeysUnavailable, did_you_mean
+from backend.http import crane as parts
 from backend.keys import Key, KeyEnded, Keys, UnknownKey
-from backend.models import Crane
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -31,7 +30,7 @@ def create(owner: str, tier: str, expires: str | None, models: str | None) -> No
     """Make a key, and print it alone on a line: it is shown this once."""
     if not owner.strip() or len(owner) > 200 or not owner.isprintable():
         raise click.ClickException("--owner must be a name of 1 to 200 printable characters")
-    tiers = service().config.tiers
+    tiers = parts().config.tiers
     if tier not in tiers:
         raise click.ClickException(f"there is no tier {tier!r}; it is one of: {', '.join(tiers)}")
     until = None if expires is None else expiry(expires, datetime.now(UTC))
@@ -78,7 +77,7 @@ def rotate(id: str) -> None:
 @contextmanager
 def opened() -> Iterator[Keys]:
     """The service's keys, and one line in place of whatever goes wrong with them."""
-    with closing(Keys(service().config)) as found:
+    with closing(Keys(parts().config)) as found:
         try:
             yield found
         except UnknownKey as error:
@@ -89,11 +88,6 @@ def opened() -> Iterator[Keys]:
             raise click.ClickException(f"{error}; make a new one with keys create") from None
         except KeysUnavailable as error:
             raise click.ClickException(str(error.__cause__ or error)) from None
-
-
-def service() -> Crane:
-    parts: Crane = current_app.extensions["crane"]
-    return parts
 
 
 def expiry(text: str, now: datetime) -> datetime:
@@ -115,7 +109,7 @@ def expiry(text: str, now: datetime) -> datetime:
 
 
 def known_models(text: str) -> list[str]:
-    known = [spec.id for spec in service().registry]
+    known = [spec.id for spec in parts().registry]
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise click.ClickException(f"--models names none; allowed are: {', '.join(sorted(known))}")

@@ -9,8 +9,8 @@ from flask import Blueprint, Response, g
 from backend.bodies import bare, wanted_format
 from backend.engine.calls import ModelStatus
 from backend.errors import ModelUnavailable
+from backend.http import crane
 from backend.models import run_model
-from backend.quota_api import crane
 from backend.registry import ModelSpec
 from backend.tasks import TASKS
 

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import orjson
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, current_app, g, jsonify, request
 from flask.json.provider import JSONProvider
 from werkzeug.exceptions import HTTPException
 
@@ -25,6 +25,7 @@ from backend.errors import (
     RouteNotFound,
 )
 from backend.media.parts import Media
+from backend.models import Crane
 
 logger = logging.getLogger("crane.http")
 
@@ -64,6 +65,12 @@ def _dump_media(value: Any) -> Any:
     if isinstance(value, Media):
         return value.to_json()
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def crane() -> Crane:
+    """The parts of the service that this request, or this command, is for."""
+    parts: Crane = current_app.extensions["crane"]
+    return parts
 
 
 def install(app: Flask, config: Config) -> None:

@@ -10,7 +10,7 @@ from flask import Blueprint, Response
 
 from backend import metrics
 from backend.errors import ModelUnavailable
-from backend.quota_api import crane
+from backend.http import crane
 
 bp = Blueprint("ops", __name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Flask, Response, current_app, g, request
+from flask import Blueprint, Flask, Response, g, request
 
 from backend.bodies import request_body
+from backend.http import crane
 from backend.meter import Lease, quota_headers, units
-from backend.models import Crane
 from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
 from backend.schemas import RunRequest, load
@@ -24,11 +24,6 @@ METERED = {"crane.run"}
 def install(app: Flask) -> None:
     app.before_request(hold)
     app.after_request(settle)
-
-
-def crane() -> Crane:
-    parts: Crane = current_app.extensions["crane"]
-    return parts
 
 
 def hold() -> None:
