@@ -14,6 +14,7 @@ from backend.media.images import encode_image
 from backend.media.parts import AudioField, ImageField, VideoField
 from backend.schemas import ObjectOf, Text
 from backend.tasks.base import Options, Task
+from backend.tasks.examples import PICTURE, SOUND
 from backend.tasks.generic_inputs import (
     DecisionInput,
     DocumentInput,
@@ -51,19 +52,6 @@ def dump_generic(output: Any, options: Mapping[str, Any]) -> Any:
     return output
 
 
-# 16 x 16 pixels, half of them red and half blue.
-_PICTURE = (
-    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEXIHh4eHshgjNd+AAAAEElEQVR42mNg+M/EwEA8"
-    "AgAw0gEe0P1L1QAAAABJRU5ErkJggg=="
-)
-# 30 ms of A above middle C: WAV, 8 bits, 8 kHz.
-_SOUND = (
-    "UklGRhQBAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YfAAAACAob/W4uLXwqSDYUIrHhwmO1h5m7rS4OPaxq"
-    "qJZ0cvHxwkN1JzlbXP3+Pcy7CPbU0yIRwhMk1tj7DL3OPfz7WVc1I3JBwfL0dniarG2uPg0rqbeVg7JhweK0Jhg6TC1+Li"
-    "1r+hf15AKR0dKD1bfJ691OHj2cSnhmRFLR8cJTlVdpi40ODj28itjGpKMCAcIzRPcJKyzd7k3s2yknBPNCMcIDBKaoytyN"
-    "vj4NC4mHZVOSUcHy1FZIanxNnj4dS9nnxbPSgdHSlAXoChv9bi4tfCpINhQiseHCY7WHmbutLg49rGqolnRy8fHCQ3UnOV"
-    "tc8="
-)
 # 1 s of 16 x 16 pixels, of which more and more are red: WebM, 4 frames.
 _FILM = (
     "GkXfo59ChoEBQveBAULygQRC84EIQoKEd2VibUKHgQJChYECGFOAZwEAAAAAAAHSEU2bdLpNu4tTq4QVSalmU6yBoU27i1"
@@ -92,14 +80,14 @@ GENERIC = [
             AudioField(rate=None),
             SoundOptions,
             _LABELS,
-            (_SOUND, {"top_k": 3}),
+            (SOUND, {"top_k": 3}),
         ),
         (
             "zero-shot-audio-classification",
             ObjectOf(SoundLabelsInput),
             SoundLabelsOptions,
             _LABELS,
-            ({"audio": _SOUND, "labels": ["a flute", "rain"]}, {}),
+            ({"audio": SOUND, "labels": ["a flute", "rain"]}, {}),
         ),
         (
             "video-classification",
@@ -114,14 +102,14 @@ GENERIC = [
             MaskOptions,
             'all that can be cut out, best first, a list of {"score", "box", "mask"}; a mask is '
             'a PNG of the picture\'s size, {"mime_type", "data"}',
-            (_PICTURE, {"points_per_crop": 8}),
+            (PICTURE, {"points_per_crop": 8}),
         ),
         (
             "image-feature-extraction",
             ImageField(),
             ImageFeatureOptions,
             "a vector for each patch, a list of lists of numbers; with pool one vector",
-            (_PICTURE, {"pool": True}),
+            (PICTURE, {"pool": True}),
         ),
         (
             "feature-extraction",
@@ -136,7 +124,7 @@ GENERIC = [
             FindOptions,
             'the boxes likeliest first, a list of {"label", "score", "box"} in pixels of the '
             "picture that was sent",
-            ({"image": _PICTURE, "labels": ["a cat", "a sofa"]}, {"threshold": 0.2}),
+            ({"image": PICTURE, "labels": ["a cat", "a sofa"]}, {"threshold": 0.2}),
         ),
         (
             "keypoint-matching",
@@ -144,7 +132,7 @@ GENERIC = [
             MatchOptions,
             'the matches likeliest first, a list of {"keypoint_image_0", "keypoint_image_1", '
             '"score"}; a keypoint is {"x", "y"} in pixels',
-            ({"images": [_PICTURE, _PICTURE]}, {"threshold": 0.5}),
+            ({"images": [PICTURE, PICTURE]}, {"threshold": 0.5}),
         ),
         (
             "document-question-answering",
@@ -154,7 +142,7 @@ GENERIC = [
             '{"score", "start", "end"}, the first and the last word of it',
             (
                 {
-                    "image": _PICTURE,
+                    "image": PICTURE,
                     "question": "What is the total?",
                     "words": [
                         {"text": "Total", "box": [1, 2, 7, 6]},

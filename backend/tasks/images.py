@@ -20,6 +20,7 @@ from backend.schemas import (
     Text,
 )
 from backend.tasks.base import MAX_SEED, Options, Task, about
+from backend.tasks.examples import PICTURE
 
 SCHEDULERS = [
     "ddim",
@@ -147,11 +148,7 @@ def dump_images(pictures: list[Any], options: Mapping[str, Any]) -> Media | list
 
 
 _OUTPUT = 'the picture, {"mime_type", "data"}; with num_images above 1, a list'
-# 16 x 16 pixels, half of them red and half blue; and the mask of the red half.
-_PICTURE = (
-    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEXIHh4eHshgjNd+AAAAEElEQVR42mNg+M/EwEA8"
-    "AgAw0gEe0P1L1QAAAABJRU5ErkJggg=="
-)
+# The mask of the red half of PICTURE.
 _MASK = (
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQAAAAA3iMLMAAAAD0lEQVR42mP4z8DEQAICADHRAR4LC8lgAAAAAElFTkSu"
     "QmCC"
@@ -172,7 +169,7 @@ IMAGE_TO_IMAGE = Task(
     options=EditOptions,
     output=_OUTPUT,
     example=(
-        {"prompt": "A lake under a red sky.", "image": _PICTURE},
+        {"prompt": "A lake under a red sky.", "image": PICTURE},
         {"width": 512, "height": 512, "strength": 0.6, "seed": 7},
     ),
     formats=IMAGE_FORMATS,
@@ -184,7 +181,7 @@ INPAINTING = Task(
     options=EditOptions,
     output=_OUTPUT,
     example=(
-        {"prompt": "A red sail.", "image": _PICTURE, "mask": _MASK},
+        {"prompt": "A red sail.", "image": PICTURE, "mask": _MASK},
         {"width": 512, "height": 512, "seed": 7},
     ),
     formats=IMAGE_FORMATS,

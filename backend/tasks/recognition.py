@@ -5,6 +5,7 @@ from __future__ import annotations
 from backend.media.parts import AudioField
 from backend.schemas import Choice, Integer, Text
 from backend.tasks.base import Options, Task, about
+from backend.tasks.examples import SOUND
 
 
 class RecognitionOptions(Options):
@@ -33,15 +34,6 @@ class RecognitionOptions(Options):
     num_beams = Integer(low=1, high=16, load_default=1, metadata=about("beams to search"))
 
 
-# 30 ms of A above middle C: WAV, 8 bits, 8 kHz.
-_SOUND = (
-    "UklGRhQBAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YfAAAACAob/W4uLXwqSDYUIrHhwmO1h5m7rS4OPaxq"
-    "qJZ0cvHxwkN1JzlbXP3+Pcy7CPbU0yIRwhMk1tj7DL3OPfz7WVc1I3JBwfL0dniarG2uPg0rqbeVg7JhweK0Jhg6TC1+Li"
-    "1r+hf15AKR0dKD1bfJ691OHj2cSnhmRFLR8cJTlVdpi40ODj28itjGpKMCAcIzRPcJKyzd7k3s2yknBPNCMcIDBKaoytyN"
-    "vj4NC4mHZVOSUcHy1FZIanxNnj4dS9nnxbPSgdHSlAXoChv9bi4tfCpINhQiseHCY7WHmbutLg49rGqolnRy8fHCQ3UnOV"
-    "tc8="
-)
-
 AUTOMATIC_SPEECH_RECOGNITION = Task(
     name="automatic-speech-recognition",
     input=AudioField(),
@@ -50,5 +42,5 @@ AUTOMATIC_SPEECH_RECOGNITION = Task(
         'the text; with return_timestamps {"text", "segments"} or {"text", "words"}, '
         'each of them {"text", "start", "end"}, in seconds'
     ),
-    example=(_SOUND, {"language": "en"}),
+    example=(SOUND, {"language": "en"}),
 )

@@ -11,6 +11,7 @@ from backend.media.parts import ImageField, Media
 from backend.media.video import VIDEO_FORMATS, encode_video
 from backend.schemas import Boolean, Choice, Integer, Number, ObjectOf, StrictSchema, Text
 from backend.tasks.base import MAX_SEED, Options, Task, about
+from backend.tasks.examples import PICTURE
 from backend.tasks.images import PromptField
 
 
@@ -111,11 +112,6 @@ def dump_video(film: Mapping[str, Any], options: Mapping[str, Any]) -> Media:
 
 
 _OUTPUT = 'the film, {"mime_type", "data"}'
-# 16 x 16 pixels, half of them red and half blue.
-_PICTURE = (
-    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEXIHh4eHshgjNd+AAAAEElEQVR42mNg+M/EwEA8"
-    "AgAw0gEe0P1L1QAAAABJRU5ErkJggg=="
-)
 
 TEXT_TO_VIDEO = Task(
     name="text-to-video",
@@ -131,7 +127,7 @@ IMAGE_TO_VIDEO = Task(
     input=ObjectOf(AnimationInput),
     options=AnimationOptions,
     output=_OUTPUT,
-    example=({"image": _PICTURE}, {"num_frames": 14, "seed": 7}),
+    example=({"image": PICTURE}, {"num_frames": 14, "seed": 7}),
     formats=VIDEO_FORMATS,
     dump=dump_video,
 )

@@ -12,6 +12,7 @@ from backend.media.images import IMAGE_FORMATS, encode_image
 from backend.media.parts import ImageField, Media
 from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
 from backend.tasks.base import TRUNCATE, Options, Task, about
+from backend.tasks.examples import PICTURE
 
 SUBTASKS = ["panoptic", "instance", "semantic"]
 
@@ -89,12 +90,6 @@ def dump_segments(found: dict[str, Any], options: Mapping[str, Any]) -> list[dic
 def dump_depth(pixels: np.ndarray, options: Mapping[str, Any]) -> Media:
     return encode_image(pixels, options["format"])
 
-
-# 16 x 16 pixels, half of them red and half blue.
-PICTURE = (
-    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEXIHh4eHshgjNd+AAAAEElEQVR42mNg+M/EwEA8"
-    "AgAw0gEe0P1L1QAAAABJRU5ErkJggg=="
-)
 
 IMAGE_CLASSIFICATION = Task(
     name="image-classification",

@@ -19,8 +19,8 @@ from backend.schemas import (
     Text,
 )
 from backend.tasks.base import TRUNCATE, Options, Task, about
+from backend.tasks.examples import PICTURE
 from backend.tasks.text import GenerationOptions
-from backend.tasks.vision import PICTURE
 
 
 class PictureTextOptions(GenerationOptions):
