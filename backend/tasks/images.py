@@ -10,7 +10,6 @@ from marshmallow import ValidationError, validates_schema
 from backend.media.images import IMAGE_FORMATS, encode_image
 from backend.media.parts import ImageField, Media
 from backend.schemas import (
-    Boolean,
     Choice,
     Integer,
     Number,
@@ -19,7 +18,8 @@ from backend.schemas import (
     StrictSchema,
     Text,
 )
-from backend.tasks.base import MAX_SEED, Options, Task, about
+from backend.tasks.base import Options, Task, about
+from backend.tasks.diffusion import cut_prompt, denoising_steps, first_seed, guidance, side, without
 from backend.tasks.examples import PICTURE
 
 SCHEDULERS = [
@@ -33,33 +33,17 @@ SCHEDULERS = [
     "unipc",
 ]
 
-
-def _side() -> Integer:
-    what = "in pixels, a multiple of 8; if not set, as the picture that is sent or the model's own"
-    return Integer(low=8, high=4096, load_default=None, allow_none=True, metadata=about(what))
+_SIDE = "in pixels, a multiple of 8; if not set, as the picture that is sent or the model's own"
 
 
 class ImageOptions(Options):
     """Every picture model's options. What is not set is as the model's own pipeline has it."""
 
-    width = _side()
-    height = _side()
-    num_inference_steps = Integer(
-        low=1, high=200, load_default=None, allow_none=True, metadata=about("denoising steps")
-    )
-    guidance_scale = Number(
-        low=0.0,
-        high=50.0,
-        load_default=None,
-        allow_none=True,
-        metadata=about("how closely the prompt is followed"),
-    )
-    negative_prompt = Text(
-        blank=True,
-        load_default=None,
-        allow_none=True,
-        metadata=about("what the picture shall not have; an input's own goes before it"),
-    )
+    width = side(_SIDE)
+    height = side(_SIDE)
+    num_inference_steps = denoising_steps()
+    guidance_scale = guidance()
+    negative_prompt = without("picture")
     num_images = Integer(
         low=1,
         high=16,
@@ -72,20 +56,11 @@ class ImageOptions(Options):
         allow_none=True,
         metadata=about("the denoising schedule; the model's own if not set"),
     )
-    seed = Integer(
-        low=0,
-        high=MAX_SEED,
-        load_default=None,
-        allow_none=True,
-        metadata=about("draws repeat with it; picture i of a call uses seed + i"),
-    )
+    seed = first_seed("picture i of a call")
     format = Choice(
         list(IMAGE_FORMATS), load_default="png", metadata=about("how the pictures are written")
     )
-    truncate = Boolean(
-        load_default=False,
-        metadata=about("cut a prompt that is longer than the model reads, instead of refusing it"),
-    )
+    truncate = cut_prompt()
 
     @validates_schema
     def _eighths(self, data: dict[str, Any], **kwargs: Any) -> None:

@@ -9,22 +9,20 @@ from marshmallow import ValidationError, post_load, validates_schema
 
 from backend.media.parts import ImageField, Media
 from backend.media.video import VIDEO_FORMATS, encode_video
-from backend.schemas import Boolean, Choice, Integer, Number, ObjectOf, StrictSchema, Text
-from backend.tasks.base import MAX_SEED, Options, Task, about
+from backend.schemas import Choice, Integer, Number, ObjectOf, StrictSchema, Text
+from backend.tasks.base import Options, Task, about
+from backend.tasks.diffusion import cut_prompt, denoising_steps, first_seed, guidance, side, without
 from backend.tasks.examples import PICTURE
 from backend.tasks.images import PromptField
 
-
-def _side() -> Integer:
-    what = "in pixels, a multiple of what the model asks for; if not set, the model's own"
-    return Integer(low=8, high=4096, load_default=None, allow_none=True, metadata=about(what))
+_SIDE = "in pixels, a multiple of what the model asks for; if not set, the model's own"
 
 
 class VideoOptions(Options):
     """Every film model's options. What is not set is as the model's own pipeline has it."""
 
-    width = _side()
-    height = _side()
+    width = side(_SIDE)
+    height = side(_SIDE)
     num_frames = Integer(
         low=1,
         high=1000,
@@ -46,36 +44,14 @@ class VideoOptions(Options):
         allow_none=True,
         metadata=about("frames a second; a model that minds is told, and moves accordingly"),
     )
-    num_inference_steps = Integer(
-        low=1, high=200, load_default=None, allow_none=True, metadata=about("denoising steps")
-    )
-    guidance_scale = Number(
-        low=0.0,
-        high=50.0,
-        load_default=None,
-        allow_none=True,
-        metadata=about("how closely the prompt, or else the picture, is followed"),
-    )
-    negative_prompt = Text(
-        blank=True,
-        load_default=None,
-        allow_none=True,
-        metadata=about("what the film shall not have; an input's own goes before it"),
-    )
-    seed = Integer(
-        low=0,
-        high=MAX_SEED,
-        load_default=None,
-        allow_none=True,
-        metadata=about("draws repeat with it; input i of a call uses seed + i"),
-    )
+    num_inference_steps = denoising_steps()
+    guidance_scale = guidance("how closely the prompt, or else the picture, is followed")
+    negative_prompt = without("film")
+    seed = first_seed("input i of a call")
     format = Choice(
         list(VIDEO_FORMATS), load_default="mp4", metadata=about("how the film is written")
     )
-    truncate = Boolean(
-        load_default=False,
-        metadata=about("cut a prompt that is longer than the model reads, instead of refusing it"),
-    )
+    truncate = cut_prompt()
 
     @validates_schema(pass_original=True)
     def _one_length(self, data: dict[str, Any], original: Any, **kwargs: Any) -> None:
