@@ -50,6 +50,7 @@ class Callers:
 
     def __init__(self, config: Config, keys: Keys, meter: Meter) -> None:
         self._config = config
+        self._needs_keys = config.needs_keys
         self._keys = keys
         self._meter = meter
         self._trusted: OrderedDict[bytes, float] = OrderedDict()
@@ -62,9 +63,9 @@ class Callers:
         is needed, what does not look like one of ours is taken for none: some clients must send
         something.
         """
-        bearer = (authorization or "").partition(" ")[2]
-        ours = any(looks_like_key(text.strip()) for text in (bearer, api_key or ""))
-        if self._config.auth == "off" or not (self._config.needs_keys or ours):
+        if self._config.auth == "off" or not (
+            self._needs_keys or _looks_like_ours(authorization, api_key)
+        ):
             return Caller(f"address:{_network(address)}", self._config.tiers["free"])
         text = _key_of(authorization, api_key)
         if text is None:
@@ -77,6 +78,8 @@ class Callers:
         return Caller(f"key:{key.id}", tier, key.id, key.models)
 
     def _find(self, text: str, address: str) -> Key:
+        if key := self._keys.seen(text):
+            return key
         # Never the key itself: nothing of it is kept longer than the request.
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
         subject = f"wrong:{_network(address)}"
@@ -113,6 +116,11 @@ def _too_many(wait_s: float) -> RateLimitExceeded:
     wait_s = math.ceil(wait_s)
     message = f"Too many wrong API keys came from this address; try again in {wait_s} s."
     return RateLimitExceeded(message, retry_after_s=wait_s)
+
+
+def _looks_like_ours(authorization: str | None, api_key: str | None) -> bool:
+    bearer = (authorization or "").partition(" ")[2]
+    return looks_like_key(bearer.strip()) or looks_like_key((api_key or "").strip())
 
 
 def _key_of(authorization: str | None, api_key: str | None) -> str | None:

@@ -13,6 +13,8 @@ _SECRET = string.ascii_letters + string.digits
 _KEY_ID = re.compile(r"[a-z2-7]{12}")
 _KEY = re.compile(r"crane_([a-z2-7]{12})_[A-Za-z0-9]{32}")
 
+ID_PLACE = slice(6, 18)  # where a key has its id
+
 
 def looks_like_key(text: str) -> bool:
     """Whether a text begins as our keys do, and so was meant to be one."""

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from backend import logs
 from backend.config import PEPPER_LENGTH, Config
 from backend.errors import KeysUnavailable
-from backend.key_text import id_of, is_id, looks_like_key, mac_of, mark_of, new_id, new_text
+from backend.key_text import (
+    ID_PLACE,
+    id_of,
+    is_id,
+    looks_like_key,
+    mac_of,
+    mark_of,
+    new_id,
+    new_text,
+)
 from backend.private import kept_secret
 
 if TYPE_CHECKING:
@@ -90,17 +99,20 @@ class Keys:
         id_ = id_of(text)
         if id_ is None:
             return None
+        # Where it is another secret than the one that was seen, it may have been rotated just now.
+        if key := self.seen(text):
+            return key
         with _available():
             store, pepper = self._open()
-            mac = mac_of(pepper, text)
-            seen = self._seen.get(id_)
-            if seen is None or monotonic() - seen.read_at > CACHE_S or not _same(seen, mac):
-                # Not the cached one's secret: the key may have been rotated a moment ago.
-                seen = self._read(store, pepper, id_)
-            if seen is None or not _same(seen, mac) or seen.key.state(self._now()) != "live":
-                return None
-            self._note_use(store, seen.key)
-        return seen.key
+            seen = self._read(store, pepper, id_)
+        return self._right(seen, text)
+
+    def seen(self, text: str) -> Key | None:
+        """The key that ``text`` is, where that was found out a moment ago; waits for nothing."""
+        seen = self._seen.get(text[ID_PLACE])
+        if seen is None or monotonic() - seen.read_at > CACHE_S or not text.isascii():
+            return None
+        return self._right(seen, text)
 
     def create(
         self,
@@ -168,6 +180,18 @@ class Keys:
         if opened is not None:
             opened[0].close()
 
+    def _right(self, seen: _Seen | None, text: str) -> Key | None:
+        if seen is None:
+            return None
+        store, pepper = self._open()
+        if not hmac.compare_digest(seen.mac, mac_of(pepper, text)):
+            return None
+        if seen.key.state(self._now()) != "live":
+            return None
+        if monotonic() - self._used.get(seen.key.id, -USED_EVERY_S) >= USED_EVERY_S:
+            self._note_use(store, seen.key)
+        return seen.key
+
     def _open(self) -> tuple[Store, bytes]:
         if self._opened is None:
             with self._lock:
@@ -229,10 +253,6 @@ def _available() -> Iterator[None]:
         raise KeysUnavailable(
             "Keys cannot be looked up just now; try again in a few seconds.", retry_after_s=2
         ) from error
-
-
-def _same(seen: _Seen, mac: str) -> bool:
-    return hmac.compare_digest(seen.mac, mac)
 
 
 def _key(row: Mapping[str, Any]) -> Key:

@@ -247,6 +247,7 @@ def test_of_many_wrong_keys_at_once_ten_are_told_so(make_app):
 
 def test_only_so_many_keys_are_remembered_as_right(make_app, keys, monkeypatch):
     monkeypatch.setattr(callers, "MAX_TRUSTED", 2)
+    monkeypatch.setattr("backend.keys.CACHE_S", -1)  # as if each was seen long ago
     client = make_app(**OUTSIDE).test_client()
     texts = [keys.create(owner="Ann", tier="free")[1] for _ in range(3)]
     for text in texts:
