@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ T = TypeVar("T")
 # Past a call's deadline: what it takes to be queued, answered and settled. A worker that is killed
 # holds its leases until then.
 LEASE_MARGIN_S = 15.0
-# A lease may end just after its answer's last byte, and whoever got that may call again at once.
+# Leases that need not end before their answers wait so long to end together with others, or with
+# what their caller spends next.
+END_WITHIN_S = 0.01
+# So a lease may end a little after its answer, and whoever got that may call again at once.
 LOOK_AGAIN_S = 0.02
 
 
@@ -56,6 +60,11 @@ class Meter:
         self._config = config
         self._lease_ms = int((config.request_timeout_s + LEASE_MARGIN_S) * 1000)
         self._broken = False  # the host's own file
+        self._ended: dict[str, tuple[Tier, list[str]]] = {}  # leases, by their caller
+        self._lock = threading.Lock()  # of the line above
+        self._some_ended = threading.Event()
+        self._ender: threading.Thread | None = None
+        self._closed = False
         self._store: SqliteStore | FailoverStore = SqliteStore(config.data_dir / "quota.db")
         if config.redis_url is not None:
             self._store = FailoverStore(
@@ -78,7 +87,8 @@ class Meter:
                     f"This call costs up to {units(cost)} units, and the tier {tier.name!r} has "
                     f"{limit.units} per {limit.per}: ask for less at once."
                 )
-        call = Call(subject, tier, secrets.token_hex(8), cost, self._lease_ms)
+        ended = self._take_ended(subject)
+        call = Call(subject, tier, secrets.token_hex(8), cost, self._lease_ms, ended)
         standing = self._decide(lambda store: store.spend(call))
         if standing is not None and standing.refused_by == "concurrency":
             time.sleep(LOOK_AGAIN_S)
@@ -99,10 +109,20 @@ class Meter:
         return self._decide(lambda store: store.settle(lease.call, lease.standing.at, cost))
 
     def end(self, lease: Lease) -> None:
-        """End the lease of a call that cost what was spent for it."""
-        self._decide(lambda store: store.end(lease.call))
+        """End the lease of a call that cost what was spent for it, within ``END_WITHIN_S``."""
+        call = lease.call
+        with self._lock:
+            first = not self._ended
+            self._ended.setdefault(call.subject, (call.tier, []))[1].append(call.lease)
+            if self._ender is None:
+                self._ender = threading.Thread(target=self._end_leases, name="leases", daemon=True)
+                self._ender.start()
+        if first:
+            self._some_ended.set()
 
     def look(self, subject: str, tier: Tier) -> Decision | None:
+        if ended := self._take_ended(subject):
+            self._settle_ended(subject, tier, ended)
         return self._decide(lambda store: store.look(subject, tier))
 
     def status(self) -> dict[str, object]:
@@ -112,7 +132,32 @@ class Meter:
         return {"store": "redis", "away": self._store.away}
 
     def close(self) -> None:
+        self._closed = True
+        self._some_ended.set()
+        if self._ender is not None:
+            self._ender.join()
         self._store.close()
+
+    def _end_leases(self) -> None:
+        closed = False
+        while not closed:
+            self._some_ended.wait()
+            time.sleep(END_WITHIN_S)
+            self._some_ended.clear()
+            closed = self._closed
+            with self._lock:
+                ended, self._ended = self._ended, {}
+            for subject, (tier, leases) in ended.items():
+                self._settle_ended(subject, tier, tuple(leases))
+
+    def _take_ended(self, subject: str) -> tuple[str, ...]:
+        with self._lock:
+            _, leases = self._ended.pop(subject, (None, ()))
+        return tuple(leases)
+
+    def _settle_ended(self, subject: str, tier: Tier, leases: tuple[str, ...]) -> None:
+        nothing = Call(subject, tier, "", 0, 0, leases)
+        self._decide(lambda store: store.settle(nothing, 0, 0))
 
     def _decide(self, step: Callable[[Store], T]) -> T | None:
         """None where quotas are not known: nothing but letting calls in waits for them."""

@@ -13,6 +13,8 @@ import pytest
 
 from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
+from backend.config import Config
+from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import tiers
 from backend.schemas import Integer
 from backend.tasks import TASKS
@@ -112,6 +114,30 @@ def test_so_many_calls_run_at_once_and_a_place_is_free_when_one_has_ended(metere
         thread.join()
     for _ in range(5):
         assert run(client).status_code == 200
+
+
+def running(store):
+    return store.look("address:127.0.0.1", Config().tiers["free"]).running
+
+
+def test_leases_end_soon_after_their_answers_whoever_calls_next(metered, tmp_path):
+    clients = [metered() for _ in range(2)]
+    store = SqliteStore(tmp_path / "data" / "quota.db")
+    for client in clients * 2:
+        assert run(client).status_code == 200
+        wait_for(lambda: running(store) == 0)
+    store.close()
+
+
+def test_what_has_not_ended_yet_ends_with_the_service(make_app, tmp_path, monkeypatch):
+    app = make_app(quota="on")
+    monkeypatch.setattr("backend.meter.END_WITHIN_S", 1)
+    assert run(app.test_client()).status_code == 200
+    store = SqliteStore(tmp_path / "data" / "quota.db")
+    assert running(store) == 1
+    app.extensions["crane"].meter.close()
+    assert running(store) == 0
+    store.close()
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 8])

@@ -68,8 +68,8 @@ def store(make_store, clock):
     return make_store(clock)
 
 
-def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000):
-    return Call(subject, tier, lease, cost, lease_ms)
+def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000, ended=()):
+    return Call(subject, tier, lease, cost, lease_ms, ended)
 
 
 def admitted(store, count, **how):
@@ -170,13 +170,15 @@ def test_a_call_that_came_to_more_is_paid_for_before_the_next(store, clock):
     assert store.spend(call("next")).left == (4000,)
 
 
-def test_a_lease_may_be_ended_without_a_word(store):
-    for number in range(30):
-        spent = store.spend(call(str(number), tier=tiers("free 100/minute concurrency=1")["free"]))
-        assert (spent.refused_by, spent.left) == (None, (99_000 - number * 1000,))
-        store.end(call(str(number), tier=tiers("free 100/minute concurrency=1")["free"]))
-    standing = store.look("someone", tiers("free 100/minute")["free"])
-    assert (standing.left, standing.running) == ((70_000,), 0)
+def test_leases_end_by_the_way_with_what_their_caller_does_next(store):
+    for number in range(3):
+        store.spend(call(str(number), tier=FREE))
+    theirs = store.spend(call("0", tier=FREE, subject="another"))
+    spent = store.spend(call("3", tier=FREE, ended=("0", "1", "unknown")))
+    assert (spent.refused_by, spent.running, spent.left) == (None, 2, (1000,))
+    settled = store.settle(call("3", tier=FREE, ended=("2",)), spent.at, UNIT)
+    assert (settled.running, settled.left) == (0, (1000,))
+    assert store.look("another", FREE).running == theirs.running == 1
 
 
 def test_a_refund_is_of_the_calls_own_time(store, clock):
@@ -250,7 +252,8 @@ def test_the_stores_agree_on_thousands_of_random_steps(valkey, tmp_path, clock):
         kind = chance.random()
         if kind < 0.6 or not inside:
             cost, lease_ms = chance.choice([0, 500, 1000, 3000, 9000]), chance.choice([500, 50_000])
-            one = Call(subject, tier, f"lease-{step}", cost, lease_ms)
+            ended = tuple(one.lease for one, _ in inside[: chance.choice([0, 0, 0, 2])])
+            one = Call(subject, tier, f"lease-{step}", cost, lease_ms, ended)
             ours, twins = (store.spend(one) for store in pair)
             refused += ours.refused_by is not None
             if ours.refused_by is None:

@@ -45,13 +45,17 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that asks to be let in: what it costs in thousandths, and when its lease ends."""
+    """A call that asks to be let in: what it costs in thousandths, and when its lease ends.
+
+    ``ended`` are leases of the same caller's other calls, to be ended by the way.
+    """
 
     subject: str
     tier: Tier
     lease: str
     cost: int
     lease_ms: int
+    ended: tuple[str, ...] = ()
 
 
 class Store(Protocol):
@@ -63,9 +67,6 @@ class Store(Protocol):
     def settle(self, call: Call, at: int, cost: int) -> Decision:
         """End a call's lease, and have it cost what it did; does nothing for a lease that ended."""
 
-    def end(self, call: Call) -> None:
-        """End the lease of a call that cost what was spent for it; nobody waits for more."""
-
     def look(self, subject: str, tier: Tier) -> Decision:
         """How a caller stands."""
 
@@ -73,6 +74,7 @@ class Store(Protocol):
 def spend(state: State, call: Call, now: int) -> Decision:
     """Change ``state`` as a call asks, unless it must be refused."""
     now = _forget(state, call.tier, now)
+    _end(state, call.ended)
     refused_by, retry_after_ms = None, 0
     for limit in call.tier.limits:
         wait_ms = _wait_ms(state, limit, call.cost, now)
@@ -90,6 +92,7 @@ def spend(state: State, call: Call, now: int) -> Decision:
 
 def settle(state: State, call: Call, at: int, cost: int, now: int) -> Decision:
     now = _forget(state, call.tier, now)
+    _end(state, call.ended)
     if state.leases.pop(call.lease, None) is not None:
         for limit in call.tier.limits:
             _change(state, limit.window_s * 1000, at, cost - call.cost)
@@ -118,6 +121,11 @@ def _forget(state: State, tier: Tier, now: int) -> int:
     if any(end <= now for end in state.leases.values()):
         state.leases = {lease: end for lease, end in state.leases.items() if end > now}
     return now
+
+
+def _end(state: State, leases: tuple[str, ...]) -> None:
+    for lease in leases:
+        state.leases.pop(lease, None)
 
 
 def _used(state: State, window: int) -> int:

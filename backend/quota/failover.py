@@ -53,9 +53,6 @@ class FailoverStore:
         # A lease of the other store's is none here, and ends there by itself.
         return self._decide(lambda store: store.settle(call, at, cost))
 
-    def end(self, call: Call) -> None:
-        self._decide(lambda store: store.end(call))
-
     def look(self, subject: str, tier: Tier) -> Decision:
         return self._decide(lambda store: store.look(subject, tier))
 

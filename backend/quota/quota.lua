@@ -4,7 +4,8 @@
 --
 -- KEYS[1]: the caller's. ARGV: "spend", "settle" or "look"; the time, or "" for the server's own;
 -- the most calls at once; the lease's id; its length; the cost; when a settled call was let in;
--- what it is to cost; then for each limit its thousandths and its window.
+-- what it is to cost; leases that ended, with commas; then for each limit its thousandths and its
+-- window.
 -- Answers {time, refused by (0: nothing, the limit's place, or -1: concurrency), retry after,
 -- running, and for each limit what is left and when some comes back}.
 
@@ -20,8 +21,13 @@ if not now then
     now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+local ended = {}
+for other in string.gmatch(ARGV[9], '[^,]+') do
+    ended[other] = true
+end
+
 local limits, spent = {}, {}
-for place = 9, #ARGV, 2 do
+for place = 10, #ARGV, 2 do
     table.insert(limits, {most = tonumber(ARGV[place]), window = tonumber(ARGV[place + 1])})
 end
 
@@ -38,7 +44,7 @@ end
 
 local leases, running, held = {}, 0, false
 for place = 1, #state[1], 2 do
-    if state[1][place + 1] > now then
+    if state[1][place + 1] > now and not ended[state[1][place]] then
         if op == 'settle' and state[1][place] == lease then
             held = true
         else

@@ -41,19 +41,6 @@ class RedisStore:
         step = self._step("settle", call.subject, call.tier, call, at, cost)
         return self._run(call.tier, step)
 
-    def end(self, call: Call) -> None:
-        # Written, and not waited for: the server is told to answer nothing, so that the connection
-        # is ready for its next use. What gets lost on the way ends by itself.
-        step = self._step("settle", call.subject, call.tier, call, cost=call.cost)
-        pool = self._redis.connection_pool
-        connection = pool.get_connection()
-        try:
-            commands = [("CLIENT", "REPLY", "SKIP"), ("EVALSHA", _SHA, 1, *step)]
-            packed = connection.pack_commands(commands)  # type: ignore[no-untyped-call]
-            connection.send_packed_command(packed)  # type: ignore[no-untyped-call]
-        finally:
-            pool.release(connection)
-
     def look(self, subject: str, tier: Tier) -> Decision:
         return self._run(tier, self._step("look", subject, tier))
 
@@ -77,7 +64,7 @@ class RedisStore:
         now = "" if self._now is None else int(self._now() * 1000)
         step: list[str | int] = [f"crane:quota:{{{subject}}}", op, now, tier.concurrency]
         step += [call.lease, call.lease_ms, call.cost] if call else ["", 0, 0]
-        step += [at, cost]
+        step += [at, cost, ",".join(call.ended) if call else ""]
         for limit in tier.limits:
             step += [limit.units * UNIT, limit.window_s * 1000]
         return step

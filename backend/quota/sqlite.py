@@ -57,9 +57,6 @@ class SqliteStore:
             call.subject, lambda state: decisions.settle(state, call, at, cost, now), now
         )
 
-    def end(self, call: Call) -> None:
-        self.settle(call, 0, call.cost)
-
     def look(self, subject: str, tier: Tier) -> Decision:
         now = self._now_ms()
         with self._lock:
