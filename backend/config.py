@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -33,13 +34,24 @@ def size(text: str) -> int:
     return int(number)
 
 
+def seconds_of(text: str) -> float | None:
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*(ms|s|m|h|)", text)
+    return float(match[1]) * _DURATIONS[match[2]] if match else None
+
+
 def duration(text: str) -> float:
     """Seconds of ``120``, ``1.5s``, ``500ms``, ``15m`` or ``1h``."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*(ms|s|m|h|)", text)
-    seconds = float(match[1]) * _DURATIONS[match[2]] if match else 0.0
-    if not 0 < seconds <= MAX_DURATION_S:
+    seconds = seconds_of(text)
+    if seconds is None or not 0 < seconds <= MAX_DURATION_S:
         raise ValueError("must be a duration above 0 and up to 24h, such as 120, 90s, 500ms or 15m")
     return seconds
+
+
+def forever_or(parse: Callable[[str], float]) -> Callable[[str], float]:
+    def parse_or(text: str) -> float:
+        return math.inf if text == "never" else parse(text)
+
+    return parse_or
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -179,6 +191,8 @@ class Config:
     dtype: str = _setting("DTYPE", one_of("auto", "float32", "float16", "bfloat16"), "auto")
     request_timeout_s: float = _setting("REQUEST_TIMEOUT", duration, 120.0)
     load_wait_s: float = _setting("LOAD_WAIT", duration, 60.0)
+    idle_timeout_s: float = _setting("IDLE_TIMEOUT", forever_or(duration), 900.0)
+    memory_budget: int | None = _setting("MEMORY_BUDGET", size, None)
     queue_size: int = _setting("QUEUE_SIZE", whole(1, 100_000), 1024)
     max_body: int = _setting("MAX_BODY", size, 32 * 2**20)
     max_batch: int = _setting("MAX_BATCH", whole(1, 100_000), 256)

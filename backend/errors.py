@@ -115,6 +115,11 @@ class ModelUnavailable(CraneError):
     code = "MODEL_UNAVAILABLE"
 
 
+class OutOfMemory(CraneError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "OUT_OF_MEMORY"
+
+
 class Overloaded(CraneError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "OVERLOADED"
@@ -161,6 +166,7 @@ ERRORS: dict[str, type[CraneError]] = {
         QuotaUnavailable,
         ModelLoading,
         ModelUnavailable,
+        OutOfMemory,
         Overloaded,
         KeysUnavailable,
         DeadlineExceeded,

@@ -71,6 +71,7 @@ def run_model(
     spec = crane.registry.get(model_id)
     task = TASKS[spec.type]
     applied = load(spec.options_schema, options, "options")
+    keep_alive_s = applied.pop("keep_alive")  # which changes no output
     batched = type(input_) is list
     if one_output and (batched or task.outputs(applied) > 1):
         raise NotAcceptable(
@@ -89,6 +90,7 @@ def run_model(
                 options={name: value for name, value in applied.items() if name != "seed"},
                 seeds=seeds,
                 timeout_s=max(0.0, crane.config.request_timeout_s - reading.fetching_s),
+                keep_alive_s=keep_alive_s,
             )
         )
     applied |= common(answer.applied)

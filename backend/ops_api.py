@@ -37,6 +37,11 @@ def readyz() -> tuple[dict[str, Any], int]:
         models = status.pop("models")
         defunct = [model_id for model_id, model in models.items() if model["state"] == "defunct"]
         reasons += [f"{model_id} stopped working." for model_id in defunct]
+        reasons += [
+            f"{spec.id} is pinned and not loaded yet."
+            for spec in crane().registry
+            if spec.pinned and models.get(spec.id, {}).get("state") != "ready"
+        ]
         condition["engine"] = status
         condition["models"] = {
             "unloaded": sum(1 for spec in crane().registry if spec.id not in models),

@@ -18,6 +18,7 @@ from backend.schemas import (
     Boolean,
     Choice,
     Integer,
+    KeepAlive,
     Number,
     ObjectOf,
     StrictField,
@@ -142,6 +143,8 @@ class Entry(StrictSchema):
     memory = ObjectOf(Memory, load_default=dict)
     compile = Boolean(load_default=False)
     max_batch_size = Integer(low=1, high=4096, load_default=32)
+    pinned = Boolean(load_default=False)
+    idle_timeout = KeepAlive(load_default=None, allow_none=False)
     cost = CostField(load_default=Cost(per_request=1))
 
 
@@ -163,6 +166,8 @@ class ModelSpec:
     memory: Mapping[str, Any] = field(default_factory=dict)
     compile: bool = False
     max_batch_size: int = 32
+    pinned: bool = False
+    idle_timeout: float | None = None  # seconds
     cost: Cost = Cost(per_request=1)
     folder: Path = Path()
     options_schema: Options = field(repr=False, compare=False)

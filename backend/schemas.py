@@ -12,6 +12,7 @@ from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
+from backend.config import seconds_of
 from backend.errors import InvalidRequest, did_you_mean
 
 MAX_DEPTH = 64  # levels of nesting; no task's input needs ten, and msgpack refuses 512
@@ -96,6 +97,28 @@ class Number(StrictField):
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         # 1 and 1.0 are one number in JSON; as one type they also share a batch.
         return float(super()._deserialize(value, attr, data, **kwargs))
+
+
+class KeepAlive(StrictField):
+    """Seconds, or a duration such as ``15m``; -1 is for ever."""
+
+    type_name = "number or string"
+    expected = "seconds, a duration such as 15m, or -1 for ever"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(validate=Bounds(0, math.inf), **kwargs)
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (int, float, str)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> float:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        seconds = seconds_of(value.strip()) if type(value) is str else float(value)
+        if seconds == -1:
+            return math.inf
+        if seconds is None or not 0 <= seconds < math.inf:
+            raise ValidationError(f"must be {self.expected}, not {value!r}")
+        return seconds
 
 
 class Boolean(StrictField):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -45,6 +46,9 @@ SETTINGS = {field.metadata["name"]: field for field in fields(Config)}
         ("REQUEST_TIMEOUT", "1.5m", 90),
         ("REQUEST_TIMEOUT", "24h", 86400),
         ("LOAD_WAIT", "10 s", 10),
+        ("IDLE_TIMEOUT", "20m", 1200),
+        ("IDLE_TIMEOUT", "never", math.inf),
+        ("MEMORY_BUDGET", "450MB", 450_000_000),
         ("QUEUE_SIZE", "100000", 100_000),
         ("MAX_BODY", "1024", 1024),
         ("MAX_BODY", "32MiB", 32 * 2**20),
@@ -133,6 +137,9 @@ def test_a_good_value_is_taken(name, text, value):
         ("REQUEST_TIMEOUT", "9" * 400, "must be a duration"),
         ("REQUEST_TIMEOUT", "inf", "must be a duration"),
         ("LOAD_WAIT", "", "must be a duration"),
+        ("IDLE_TIMEOUT", "0", "must be a duration"),
+        ("IDLE_TIMEOUT", "ever", "must be a duration"),
+        ("MEMORY_BUDGET", "half", "must be a size"),
         ("QUEUE_SIZE", "100001", "must be a whole number from 1 to 100000"),
         ("MAX_BODY", "0", "must be a size of a byte or more, such as 33554432 or 32MiB"),
         ("MAX_BODY", "0.5", "must be a size"),

@@ -11,7 +11,7 @@ import pytest
 from backend.adapters import ADAPTERS
 from backend.adapters.base import Adapter, Prediction
 from backend.adapters.echo import Echo
-from backend.engine import pool
+from backend.engine import worker
 from backend.errors import InvalidRequest, ModelUnavailable
 from backend.schemas import Boolean, Integer
 from backend.tasks import TASKS, Options
@@ -206,7 +206,7 @@ def test_a_failed_load_is_the_same_503_for_all_and_is_not_tried_again_at_once(ma
 
 
 def test_a_failed_load_is_tried_again_later_and_the_pause_doubles(make_app, add_task, monkeypatch):
-    monkeypatch.setattr(pool, "FIRST_RETRY_S", 1.0)
+    monkeypatch.setattr(worker, "FIRST_RETRY_S", 1.0)
     loads = []
 
     class LoadsTheThirdTime(Echo):

@@ -64,6 +64,12 @@ FAULTY = {
         "max_bach_size: 8",
         "models[0].max_bach_size is not known here; did you mean 'max_batch_size'?",
     ),
+    "an idle time that is none": (
+        "idle_timeout: soon",
+        "idle_timeout must be seconds, a duration such as 15m, or -1 for ever, not 'soon'",
+    ),
+    "an idle time of nothing at all": ("idle_timeout:", "idle_timeout must be seconds"),
+    "pinned by a word": ("pinned: always", "pinned must be true or false"),
     "a cost that is none": (
         "cost: cheap",
         "models[0].cost must be a number or a mapping, not a string",
@@ -129,7 +135,7 @@ FAULTY = {
     "limits as a number": ("limits: 5", "models[0].limits must be a mapping, not a number"),
     "a limit of no option": (
         "limits: {max_token: 5}",
-        "models[0].limits.max_token is not an option with bounds; those are: max_tokens, ",
+        "models[0].limits.max_token is not an option with bounds; those are: keep_alive",
     ),
     "a limit of a text": ("limits: {stop: 5}", ".limits.stop is not an option with bounds"),
     "a limit that is true": ("limits: {top_k: true}", "limits.top_k must be a number (the highest"),
@@ -374,7 +380,7 @@ def test_an_entry_takes_every_key_there_is(load):
         "options: {top_k: 4}\nlimits: {top_k: 5}\ndtype: float16\ndevice: cuda:1\n"
         "load: {variant: fp16}\nmax_batch_size: 7\ncompile: true\n"
         "memory: {quantize: int8, offload: model, vae_tiling: true}\n"
-        "cost: {per_request: 1, per_image: 0.5}\n"
+        "cost: {per_request: 1, per_image: 0.5}\npinned: true\nidle_timeout: 5m\n"
     )
     spec = load(entry(text)).get("m")
     assert set(yaml.safe_load(entry(text))["models"][0]) == KEYS
@@ -382,6 +388,7 @@ def test_an_entry_takes_every_key_there_is(load):
     assert (spec.device, spec.max_batch_size) == ("cuda:1", 7)
     assert spec.load_kwargs == {"variant": "fp16"}
     assert spec.compile is True
+    assert (spec.pinned, spec.idle_timeout) == (True, 300)
     assert spec.memory == {"quantize": "int8", "offload": "model", "vae_tiling": True}
     assert spec.cost == Cost(per_request=1, per_image=0.5)
     assert spec.weights() == "org/name"

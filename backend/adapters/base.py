@@ -5,10 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from backend.adapters import footprint
+from backend.adapters.hub import pick_device, pick_dtype
 from backend.errors import CraneError, ModelUnavailable
 from backend.registry import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +87,22 @@ class Adapter(ABC):
             raise ModelUnavailable(
                 f"Its entry asks for {beyond[0]}, which type {self.spec.type} cannot do."
             )
+
+    def place(self) -> tuple[str, int]:
+        """The device that ``load`` will use, and a guess at the bytes that it will take there."""
+        if self.spec.hf_model is None:
+            return "cpu", 0
+        device = pick_device(self.device)
+        dtype = str(self.wanted_dtype(device)).removeprefix("torch.")
+        return device, footprint.estimate(self.spec, dtype)
+
+    def wanted_dtype(self, device: str) -> torch.dtype | str:
+        """What ``load`` makes of an entry's dtype: ``auto`` is the weights' own."""
+        return pick_dtype(self.dtype, device)
+
+    def footprint(self) -> int:
+        """The bytes that the loaded weights take."""
+        return footprint.count(self)
 
     @abstractmethod
     def load(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters.base import Adapter, Batch
-from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.transformers_base import quiet
 from backend.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable
@@ -52,7 +52,7 @@ class DiffusersAdapter(Adapter):
         diffusers = _import_quietly()
         weights, revision = find_weights(self.spec)
         self.device = pick_device(self.device)
-        dtype = _pick_dtype(self.dtype, self.device)
+        dtype = self.wanted_dtype(self.device)
         kwargs = self.spec.load_kwargs
         folder = weights
         if not Path(weights).is_dir():
@@ -81,6 +81,15 @@ class DiffusersAdapter(Adapter):
         Raises ``ModelUnavailable`` where there is none.
         """
         return pipeline
+
+    def wanted_dtype(self, device: str) -> torch.dtype:
+        """As for others, but diffusers knows no ``auto``, and would load float32 everywhere."""
+        import torch
+
+        dtype = super().wanted_dtype(device)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        return torch.float32 if device == "cpu" else torch.float16
 
     def load_beside(self, loaded: Adapter) -> None:
         import diffusers
@@ -205,13 +214,3 @@ def _import_quietly() -> Any:
     importlib.import_module("diffusers.pipelines.auto_pipeline")
     transformers.utils.logging.set_verbosity(level)
     return diffusers
-
-
-def _pick_dtype(wanted: str, device: str) -> torch.dtype:
-    """As ``pick_dtype``, but diffusers knows no ``auto``, and would load float32 everywhere."""
-    import torch
-
-    dtype = pick_dtype(wanted, device)
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return torch.float32 if device == "cpu" else torch.float16

@@ -8,7 +8,7 @@ from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
 from backend.adapters.generic_calls import CALLS
-from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.plain import plain
 from backend.adapters.transformers_base import quiet
@@ -37,7 +37,7 @@ class GenericPipeline(Adapter):
         trust = {"trust_remote_code": kwargs.pop("trust_remote_code", None)}
         # A device map in the entry's `load` places the model by itself.
         device = {} if "device_map" in kwargs else {"device": self.device}
-        dtype = pick_dtype(self.dtype, self.device)
+        dtype = self.wanted_dtype(self.device)
         try:
             self.pipeline = transformers.pipeline(
                 self.spec.type,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from backend.adapters.base import Adapter, Batch, Prediction
-from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.recognition_ctc import CtcListener
 from backend.adapters.recognition_whisper import WhisperListener
@@ -50,7 +50,7 @@ class SpeechRecognizer(Adapter):
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
         config = transformers.AutoConfig.from_pretrained(weights, **revision, **trust)
         listener = listener_for(config)
-        how = {"dtype": pick_dtype(self.dtype, self.device), **revision, **self.spec.load_kwargs}
+        how = {"dtype": self.wanted_dtype(self.device), **revision, **self.spec.load_kwargs}
         model = getattr(transformers, listener.auto_class).from_pretrained(weights, **how)
         quantize([model], self.spec.memory, self.device)
         # A device map in the entry's `load` has placed the model already; else without a device

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
-from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.transformers_base import quiet, too_long
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
@@ -22,7 +22,7 @@ class SentenceTransformersAdapter(Adapter):
 
         weights, revision = find_weights(self.spec)
         self.device = pick_device(self.device)
-        how = {"dtype": pick_dtype(self.dtype, self.device), **self.spec.load_kwargs}
+        how = {"dtype": self.wanted_dtype(self.device), **self.spec.load_kwargs}
         self.model: Any = getattr(sentence_transformers, self.class_name)(
             weights, device=self.device, model_kwargs=how, **revision
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from backend.errors import (
     did_you_mean,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 
 class SoundMaker(Adapter):
     """Says or plays texts with the kind of model that the checkpoint is."""
@@ -31,14 +34,12 @@ class SoundMaker(Adapter):
     spares_cores = False  # as for pictures: one input takes long
 
     def load(self) -> None:
-        import torch
         import transformers
 
         quiet()
         weights, revision = find_weights(self.spec)
         self.device = pick_device(self.device)
-        # A wave in bfloat16 has eight bits and hisses, and VITS counts its samples in it wrongly.
-        dtype = getattr(torch, self.dtype if self.dtype != "auto" else "float32")
+        dtype = self.wanted_dtype(self.device)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
         config = transformers.AutoConfig.from_pretrained(weights, **revision, **trust)
         kind = self.kinds.get(config.model_type)
@@ -50,6 +51,13 @@ class SoundMaker(Adapter):
         self.model = kind(weights, revision, dtype, self.device, dict(self.spec.load_kwargs))
         self.dtype = str(dtype).removeprefix("torch.")
         self.revision = getattr(config, "_commit_hash", None) or self.spec.revision
+
+    def wanted_dtype(self, device: str) -> torch.dtype:
+        import torch
+
+        # A wave in bfloat16 has eight bits and hisses, and VITS counts its samples in it wrongly.
+        dtype: torch.dtype = getattr(torch, self.dtype if self.dtype != "auto" else "float32")
+        return dtype
 
     def unload(self) -> None:
         del self.model

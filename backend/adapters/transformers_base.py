@@ -6,7 +6,7 @@ import logging
 from typing import Any, ClassVar
 
 from backend.adapters.base import Adapter
-from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
 from backend.errors import InvalidRequest
 
@@ -27,7 +27,7 @@ class TransformersAdapter(Adapter):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **trust)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        how = {"dtype": pick_dtype(self.dtype, self.device), **revision, **self.spec.load_kwargs}
+        how = {"dtype": self.wanted_dtype(self.device), **revision, **self.spec.load_kwargs}
         model = getattr(transformers, self.auto_class).from_pretrained(weights, **how)
         quantize([model], self.spec.memory, self.device)
         # A device map in the entry's `load` has placed the model already.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from backend.adapters.base import Adapter, Batch, Prediction
-from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
+from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.transformers_base import quiet
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
@@ -36,7 +36,7 @@ class PictureModel(Adapter):
         self.processor = transformers.AutoImageProcessor.from_pretrained(
             weights, **revision, **trust
         )
-        how = {"dtype": pick_dtype(self.dtype, self.device), **revision, **self.spec.load_kwargs}
+        how = {"dtype": self.wanted_dtype(self.device), **revision, **self.spec.load_kwargs}
         auto = getattr(transformers, self.choose_class(weights, {**revision, **trust}))
         model = auto.from_pretrained(weights, **how)
         quantize([model], self.spec.memory, self.device)

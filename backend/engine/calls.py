@@ -19,6 +19,7 @@ class State(StrEnum):
     """Where a model is between asked for and gone."""
 
     UNLOADED = "unloaded"
+    WAITING = "waiting"  # for memory
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
@@ -35,6 +36,7 @@ class Call:
     options: dict[str, Any]
     seeds: list[int] | None
     timeout_s: float
+    keep_alive_s: float | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -63,7 +65,8 @@ class ModelStatus:
     """What an engine knows of one model, as ``GET /crane/models`` shows it.
 
     ``running`` is its present batch: how many inputs it has, and how many steps of how many are
-    done where the model tells.
+    done where the model tells. ``memory_bytes`` is what it holds, or held when it was loaded last;
+    ``idle_s`` is the time since its last use; ``error`` is the last one that it refused calls with.
     """
 
     state: State = State.UNLOADED
@@ -71,7 +74,9 @@ class ModelStatus:
     running: dict[str, int] | None = None
     device: str | None = None
     dtype: str | None = None
+    memory_bytes: int | None = None
     load_s: float | None = None
+    idle_s: float | None = None
     error: str | None = None
 
     def to_wire(self) -> dict[str, Any]:

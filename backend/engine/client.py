@@ -17,7 +17,7 @@ from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Job, State
 from backend.engine.engine import Engine
-from backend.errors import CraneError, DeadlineExceeded, ModelLoading, ModelUnavailable
+from backend.errors import CraneError, DeadlineExceeded, ModelLoading, ModelUnavailable, OutOfMemory
 from backend.registry import Registry
 
 ENGINE_START_S = (
@@ -42,8 +42,8 @@ class EngineClient(ABC):
         ticket = self._submit(call)
         try:
             answer = self._wait(ticket, min(self._load_wait_s, call.timeout_s))
-            if answer is None and self._load_wait_s < call.timeout_s:
-                self._refuse_while_loading(call.model_id)
+            if answer is None:
+                self._refuse_while_loading(call.model_id, call.timeout_s)
                 answer = self._wait(ticket, deadline - time.monotonic())
         except BaseException:
             self._cancel(ticket)
@@ -58,11 +58,21 @@ class EngineClient(ABC):
             raise answer
         return answer
 
-    def _refuse_while_loading(self, model_id: str) -> None:
-        model = self.status()["models"].get(model_id, {})
+    def _refuse_while_loading(self, model_id: str, timeout_s: float) -> None:
+        try:
+            model = self.status()["models"].get(model_id, {})
+        except ModelUnavailable:  # too busy to say
+            return
+        waited_s = min(self._load_wait_s, timeout_s)
+        if model.get("state") == State.WAITING:
+            raise OutOfMemory(
+                f"There was no room for {model_id} in {waited_s:g} s. {model['error']}",
+                details={"state": State.WAITING},
+                retry_after_s=10,
+            )
         if model.get("state") == State.LOADING:
             raise ModelLoading(
-                f"{model_id} is still loading after {self._load_wait_s:g} s; "
+                f"{model_id} is still loading after {waited_s:g} s; "
                 "it goes on loading, so try again later.",
                 details={"state": State.LOADING},
                 retry_after_s=10,
@@ -95,14 +105,25 @@ class InlineEngine(EngineClient):
     def __init__(self, config: Config, registry: Registry) -> None:
         super().__init__(config)
         self._engine = Engine(config, registry)
+        self._lock = threading.Lock()
+        self._begun = False
 
     def status(self) -> dict[str, Any]:
+        self._begin()
         return self._engine.status()
 
     def close(self) -> None:
         self._engine.close()
 
+    def _begin(self) -> None:
+        """Load what is pinned, once it is known that this process is to serve."""
+        with self._lock:
+            first, self._begun = not self._begun, True
+        if first:
+            self._engine.load_pinned()
+
     def _submit(self, call: Call) -> tuple[Job, SimpleQueue[Answer | CraneError]]:
+        self._begin()
         answers: SimpleQueue[Answer | CraneError] = SimpleQueue()
         return self._engine.submit(call, answers.put), answers
 

@@ -27,13 +27,21 @@ class Engine:
         os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads[0]))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
-        self._pool = WorkerPool(
-            ADAPTERS,
-            device=config.device,
-            dtype=config.dtype,
-            queue_size=config.queue_size,
-            threads=config.engine_threads,
-        )
+        self._pool = WorkerPool(ADAPTERS, config)
+
+    def load_pinned(self) -> None:
+        """Load the models that are to stay loaded, each in a thread of its own."""
+        for spec in self._registry:
+            if spec.pinned:
+                self._pool.load(spec)
+
+    def load(self, model_id: str) -> None:
+        """Begin to load a model. Raises ``ModelNotFound``, ``ModelUnavailable``."""
+        self._pool.load(self._registry.get(model_id))
+
+    def unload(self, model_id: str) -> None:
+        """Unload a model when its queued work is done. Raises ``ModelNotFound``."""
+        self._pool.unload(self._registry.get(model_id))
 
     def submit(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> Job:
         """Queue a call; ``on_end`` gets its answer or error, once, in whichever thread has it.
@@ -49,7 +57,12 @@ class Engine:
         """This process, and every model that was asked for."""
         models = {model_id: status.to_wire() for model_id, status in self._pool.status().items()}
         threads = int(os.environ["OMP_NUM_THREADS"])
-        return {"pid": os.getpid(), "threads": threads, "models": models}
+        return {
+            "pid": os.getpid(),
+            "threads": threads,
+            "memory": self._pool.budgets(),
+            "models": models,
+        }
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish what is queued, unload every model; give up on what takes longer."""

@@ -5,52 +5,56 @@ from __future__ import annotations
 import threading
 import time
 
+from backend.adapters import footprint
 from backend.adapters.base import Adapter
+from backend.config import Config
 from backend.engine.calls import Job, ModelStatus, State
+from backend.engine.residency import Residency
 from backend.engine.worker import Worker
 from backend.errors import ModelUnavailable
 from backend.registry import ModelSpec
-
-# A failed load is remembered for 10 s, doubling to 5 min: long enough not to load in a loop,
-# short enough that a mended model comes back by itself.
-FIRST_RETRY_S = 10.0
-LAST_RETRY_S = 300.0
 
 
 class WorkerPool:
     """Finds a model's worker, or starts one; entries that share weights share a worker."""
 
-    def __init__(
-        self,
-        adapters: dict[str, type[Adapter]],
-        *,
-        device: str,
-        dtype: str,
-        queue_size: int,
-        threads: tuple[int, int],
-    ) -> None:
-        self._adapters = adapters
-        self._device = device
-        self._dtype = dtype
-        self._queue_size = queue_size
-        self._threads = threads
+    def __init__(self, adapters: dict[str, type[Adapter]], config: Config) -> None:
+        self._adapters = dict(adapters)
+        self._config = config
+        self._residency = Residency(self._budget, footprint.free)
         self._workers: dict[str, Worker] = {}
-        self._failures: dict[str, int] = {}
         self._closed = False
         self._lock = threading.Lock()  # so that one model never gets two workers
 
     def submit(self, spec: ModelSpec, job: Job) -> None:
         """Queue a job with its model's worker. Raises ``ModelUnavailable``, ``Overloaded``."""
+        self._worker(spec).submit(job)
+
+    def load(self, spec: ModelSpec) -> None:
+        """Load a model though nobody has called it. Raises ``ModelUnavailable``."""
+        self._worker(spec).want()
+
+    def unload(self, spec: ModelSpec) -> None:
+        """Unload a model as soon as nothing of it is queued or running."""
+        self._worker(spec).unload()
+
+    def _worker(self, spec: ModelSpec) -> Worker:
         with self._lock:
             if self._closed:
                 raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
             key = self._adapters[spec.type].weights_key(spec)
             worker = self._workers.get(key)
-            if worker is None or self._is_over(key, worker):
-                worker = self._workers[key] = self._start(key, spec)
-            elif spec.id not in worker.adapters:
-                worker.adapters[spec.id] = self._adapter(spec)
-        worker.submit(job)
+            if worker is None or worker.state is State.DEFUNCT:
+                worker = self._workers[key] = Worker(
+                    spec,
+                    self._adapter,
+                    self._residency,
+                    queue_size=self._config.queue_size,
+                    threads=self._config.engine_threads,
+                    idle_timeout_s=self._config.idle_timeout_s,
+                )
+            worker.add(spec)
+            return worker
 
     def status(self) -> dict[str, ModelStatus]:
         """Where every model stands that was ever asked for."""
@@ -75,24 +79,14 @@ class WorkerPool:
             if not worker.join(max(0.0, deadline - time.monotonic()))
         ]
 
-    def _is_over(self, key: str, worker: Worker) -> bool:
-        if worker.state is State.READY:
-            self._failures.pop(key, None)
-        elif worker.state is State.FAILED and time.monotonic() >= worker.retry_at:
-            self._failures[key] = self._failures.get(key, 0) + 1
-            return True
-        return worker.state in (State.DEFUNCT, State.UNLOADED)
+    def budgets(self) -> dict[str, dict[str, int]]:
+        """Each device's bytes for models, and how many of them are held."""
+        return self._residency.budgets()
+
+    def _budget(self, device: str) -> int:
+        budget = self._config.memory_budget
+        return footprint.spare(device) if budget is None else budget
 
     def _adapter(self, spec: ModelSpec) -> Adapter:
-        return self._adapters[spec.type](spec, device=self._device, dtype=self._dtype)
-
-    def _start(self, key: str, spec: ModelSpec) -> Worker:
-        failures = self._failures.get(key, 0)
-        worker = Worker(
-            self._adapter(spec),
-            queue_size=self._queue_size,
-            threads=self._threads,
-            retry_after_s=min(FIRST_RETRY_S * 2**failures, LAST_RETRY_S),
-        )
-        worker.start()
-        return worker
+        config = self._config
+        return self._adapters[spec.type](spec, device=config.device, dtype=config.dtype)

@@ -155,6 +155,7 @@ def main() -> None:
     path = config.engine_socket
     path.unlink(missing_ok=True)  # left by an engine that was killed
     engine = Engine(config, Registry.load(config.models))
+    engine.load_pinned()
     server = Server(engine, path)
 
     def end_with_parent() -> None:

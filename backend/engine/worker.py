@@ -8,18 +8,35 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
+from enum import Enum, auto
 from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.hub import release_memory
 from backend.engine.calls import Item, Job, ModelStatus, State
-from backend.errors import CraneError, DeadlineExceeded, InternalError, ModelUnavailable, Overloaded
+from backend.engine.residency import Residency
+from backend.errors import (
+    CraneError,
+    DeadlineExceeded,
+    InternalError,
+    ModelUnavailable,
+    OutOfMemory,
+    Overloaded,
+)
+from backend.registry import ModelSpec
 
 logger = logging.getLogger("crane.engine")
 
 # A run of MiniLM costs 5 ms before its first token, and 20 to 60 µs for each: as much as 80 to 250
 # tokens on a CPU. A GPU takes more tokens in that time, a larger model fewer.
 RUN_COSTS_TOKENS = 128
+# A failed load is remembered for 10 s, doubling to 5 min: long enough not to load in a loop,
+# short enough that a mended model comes back by itself.
+FIRST_RETRY_S = 10.0
+LAST_RETRY_S = 300.0
+LONGEST_WAIT_S = 3600.0  # a lock's own wait has a limit, of some days
 
 
 # transformers' from_pretrained changes functions of the process while it works and puts back what
@@ -27,45 +44,93 @@ RUN_COSTS_TOKENS = 128
 _LOADING = threading.Lock()
 
 
+class Leaving(Enum):
+    """Whether a loaded model is to unload, and when."""
+
+    NO = auto()
+    IF_IDLE = auto()  # unless work comes first
+    WHEN_IDLE = auto()  # after all queued work
+    NOW = auto()  # after the present batch, whatever is queued
+
+
 class Worker:
-    """Runs one model's calls in batches, from the thread that loaded it.
+    """Runs one model's calls in batches, from a thread that loads it and unloads it again.
 
     Several entries may share its weights: the first one's adapter loads them, and each other's
     takes them over before its first batch.
 
     It never waits for a batch to fill: when the model is free, all queued work with equal options
     goes together, up to ``max_batch_size`` inputs. A worker whose load failed refuses its callers
-    until ``retry_at``; the next try is a new worker's.
+    for a while. Its thread lives as long as there is something to do or to keep loaded.
     """
 
     def __init__(
-        self, adapter: Adapter, *, queue_size: int, threads: tuple[int, int], retry_after_s: float
+        self,
+        spec: ModelSpec,
+        make_adapter: Callable[[ModelSpec], Adapter],
+        residency: Residency,
+        *,
+        queue_size: int,
+        threads: tuple[int, int],
+        idle_timeout_s: float,
     ) -> None:
-        self.model_id = adapter.spec.id
-        self.adapters = {self.model_id: adapter}
-        self.state = State.LOADING
-        self.retry_at = 0.0
-        self._retry_after_s = retry_after_s
-        self._adapter = adapter
-        self._loaded: set[str] = set()
+        self.model_id = spec.id
+        self.state = State.UNLOADED
+        self.pinned = spec.pinned
+        self.used_at = time.monotonic()
+        self._specs = {spec.id: spec}
+        self._make_adapter = make_adapter
+        self.adapters = {spec.id: make_adapter(spec)}
+        self._residency = residency
         self._queue_size = queue_size
         self._threads = threads
+        self._idle_timeout_s = idle_timeout_s
+        self._stay_s = self._own_stay_s(spec)
+        self._loaded: set[str] = set()
         self._queue: deque[Item] = deque()
         self._running: list[Item] = []
         self._progress: dict[str, int] = {}
-        # One lock, so that nothing is queued after the last drain.
+        # One lock, so that nothing is queued after the last look for work.
         self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
         self._closing = False
+        self._wanted = False  # though nobody has called it
+        self._leaving = Leaving.NO
         self._ready_at = float("inf")
         self._load_s: float | None = None
-        self._over: str | None = None
+        self._size: tuple[str, int] | None = None  # its device and bytes, once it was loaded
+        self._failures = 0
+        self._retry_at = 0.0
+        self._error: str | None = None
         self._seconds_per_item = 0.0
-        self._thread = threading.Thread(
-            target=self._run, name=f"model {self.model_id}", daemon=True
-        )
 
-    def start(self) -> None:
-        self._thread.start()
+    @property
+    def _adapter(self) -> Adapter:
+        return self.adapters[self.model_id]
+
+    @property
+    def users(self) -> int:
+        return len(self._queue) + len(self._running)
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._leaving is not Leaving.NO
+
+    def add(self, spec: ModelSpec) -> None:
+        """Serve another entry of the same weights."""
+        if spec.id not in self._specs:
+            self._specs[spec.id] = spec
+            self.adapters[spec.id] = self._make_adapter(spec)
+            self.pinned |= spec.pinned
+
+    def want(self) -> None:
+        """Load, though nobody has called."""
+        with self._changed:
+            self._retry_at = 0.0
+            self._check_open()
+            self._wanted = self.state is not State.READY
+            self._leaving = Leaving.NO
+            self._start()
 
     def submit(self, job: Job) -> None:
         """Queue every input of a job, or refuse it whole: ``Overloaded``, ``ModelUnavailable``."""
@@ -73,10 +138,7 @@ class Worker:
         for item in job.items:
             item.size = adapter.size(item.input, job.call.options)
         with self._changed:
-            if self._over is not None:
-                raise self._refusal()
-            if self._closing:
-                raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
+            self._check_open()
             if len(self._queue) + len(job.items) > self._queue_size:
                 self._drop_cancelled()
             if len(self._queue) + len(job.items) > self._queue_size:
@@ -87,7 +149,24 @@ class Worker:
                     retry_after_s=wait_s,
                 )
             self._queue.extend(job.items)
+            self._start()
+
+    def leave(self, *, though_used: bool = False) -> bool:
+        """Unload to make room: unless it is used, or after its present batch."""
+        with self._changed:
+            if self.state is not State.READY or self.pinned or (self.users and not though_used):
+                return False
+            self._leaving = Leaving.NOW if though_used else Leaving.IF_IDLE
             self._changed.notify()
+            return True
+
+    def unload(self) -> None:
+        """Unload as soon as nothing is queued or running."""
+        with self._changed:
+            self._wanted = False
+            if self._thread is not None:
+                self._leaving = Leaving.WHEN_IDLE
+                self._changed.notify()
 
     def close(self) -> None:
         """Take no more work; what is queued is still answered, then the model is unloaded."""
@@ -97,11 +176,13 @@ class Worker:
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; false if it has not ended by then."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if (thread := self._thread) is not None:
+            thread.join(timeout_s)
+        return thread is None or not thread.is_alive()
 
     def status(self, model_id: str) -> ModelStatus:
         loaded = self.state is State.READY
+        error = self._residency.why(self) if self.state is State.WAITING else None
         running = list(self._running)
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
@@ -110,62 +191,150 @@ class Worker:
             running={"inputs": len(running), **self._progress} if mine else None,
             device=self._adapter.device if loaded else None,
             dtype=self._adapter.dtype if loaded else None,
+            memory_bytes=self._size[1] if self._size else None,
             load_s=self._load_s,
-            error=self._over,
+            idle_s=round(time.monotonic() - self.used_at, 1) if loaded and not running else None,
+            error=error.message if error else self._error,
         )
 
+    def _start(self) -> None:
+        """Have the thread at work; the caller holds the lock."""
+        if self._thread is None:
+            self.state = State.LOADING
+            self._thread = threading.Thread(
+                target=self._run, name=f"model {self.model_id}", daemon=True
+            )
+            self._thread.start()
+        self._changed.notify()
+
+    def _check_open(self) -> None:
+        """Refuse what cannot be run; the caller holds the lock."""
+        if self.state is State.DEFUNCT or (
+            self.state is State.FAILED and time.monotonic() < self._retry_at
+        ):
+            raise self._refusal()
+        if self._closing:
+            raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
+
     def _run(self) -> None:
-        if not self._load():
-            return
         try:
-            while batch := self._next_batch():
-                self._answer(batch)
-            for model_id in self._loaded:
-                self.adapters[model_id].unload()
+            while self._has_work():
+                if self._load():
+                    while batch := self._next_batch():
+                        self._answer(batch)
+                    self._unload()
         except BaseException:
             # Not an error of a batch, which _answer keeps: this thread cannot go on.
             logger.exception("%s stopped working", self.model_id)
-            self._stop(State.DEFUNCT, "The model stopped working and is being replaced.")
-        else:
-            self._stop(State.UNLOADED, "The model was unloaded.")
+            self._refuse_all(State.DEFUNCT, "The model stopped working and is being replaced.")
+            self._residency.give_back(self)
+
+    def _has_work(self) -> bool:
+        """Whether to load; else the thread is over, and the next call starts another."""
+        with self._changed:
+            self._leaving = Leaving.NO
+            while self.pinned and self.state is State.FAILED and not self._closing:
+                left_s = self._retry_at - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(left_s)
+            self._drop_cancelled()
+            again = self.pinned and self.state is State.FAILED and not self._closing
+            if self._queue or self._wanted or again:
+                return True
+            self._thread = None
+            return False
+
+    def _is_wanted(self) -> bool:
+        """Whether to go on waiting for memory."""
+        with self._changed:
+            self._drop_cancelled()
+            return bool(self._queue) or (self._wanted and not self._closing)
 
     def _load(self) -> bool:
         started = time.monotonic()
         try:
-            self._adapter.check_entry()
-            with _LOADING if self._adapter.loads_alone else nullcontext():
-                self._adapter.load()
+            adapter = self._adapter
+            adapter.check_entry()
+            device, size = self._size or adapter.place()
+            self.state = State.WAITING
+            if not self._residency.take(self, device, size, self._is_wanted):
+                self.state = State.UNLOADED
+                return False
+            self.state = State.LOADING
+            with _LOADING if adapter.loads_alone else nullcontext():
+                started = time.monotonic()
+                adapter.load()
+            self._size = device, adapter.footprint()
+            self._residency.settle(self, self._size[1])
+        except OutOfMemory as error:
+            self._refuse_all(State.UNLOADED, error.message, error)
+            self._wanted = False
+            return False
         except BaseException as error:
             logger.exception("%s did not load", self.model_id)
-            self.retry_at = time.monotonic() + self._retry_after_s
+            pause_s = min(FIRST_RETRY_S * 2**self._failures, LAST_RETRY_S)
+            self._failures += 1
+            self._retry_at = time.monotonic() + pause_s
             why = (
                 error.message if isinstance(error, ModelUnavailable) else "The log has the reason."
             )
-            self._stop(State.FAILED, f"{self.model_id} did not load. {why}")
+            self._wanted = False
+            self._renew()
+            if "torch" in sys.modules:
+                release_memory()
+            self._refuse_all(State.FAILED, f"{self.model_id} did not load. {why}")
+            self._residency.give_back(self)
             return False
-        self._ready_at = time.monotonic()
+        self._ready_at = self.used_at = time.monotonic()
         self._load_s = round(self._ready_at - started, 3)
         self._loaded.add(self.model_id)
+        self._failures, self._error, self._wanted = 0, None, False
+        self._stay_s = self._own_stay_s(adapter.spec)
         self.state = State.READY
-        fields = {"device": self._adapter.device, "dtype": self._adapter.dtype}
-        logger.info(
-            "%s loaded", self.model_id, extra={"fields": {**fields, "load_s": self._load_s}}
-        )
+        fields = {
+            "device": adapter.device,
+            "dtype": adapter.dtype,
+            "memory_bytes": self._size[1],
+            "load_s": self._load_s,
+        }
+        logger.info("%s loaded", self.model_id, extra={"fields": fields})
         return True
 
-    def _stop(self, state: State, why: str) -> None:
-        """Be over with: everyone who waits and everyone who comes is refused alike."""
+    def _unload(self) -> None:
+        # What comes from now on waits for the next load.
+        self.state = State.UNLOADED
+        for model_id in self._loaded:
+            self.adapters[model_id].unload()
+        self._renew()
+        self._residency.give_back(self)
+        logger.info("%s unloaded", self.model_id)
+
+    def _renew(self) -> None:
+        """Take new adapters, that have nothing of the last load."""
         with self._changed:
-            self.state, self._over = state, why
+            self.adapters = {name: self._make_adapter(spec) for name, spec in self._specs.items()}
+            self._loaded.clear()
+            self._leaving = Leaving.NO
+            self._ready_at = float("inf")
+
+    def _own_stay_s(self, spec: ModelSpec) -> float:
+        return self._idle_timeout_s if spec.idle_timeout is None else spec.idle_timeout
+
+    def _refuse_all(self, state: State, why: str, error: CraneError | None = None) -> None:
+        """Refuse everyone who waits, as everyone who comes while it is so."""
+        with self._changed:
+            self.state, self._error = state, why
             left = [*self._running, *self._queue]
+            self._running = []
             self._queue.clear()
         for item in left:
-            item.job.fail(self._refusal())
+            item.job.fail(error or self._refusal())
 
     def _refusal(self) -> ModelUnavailable:
-        left_s = max(1.0, self.retry_at - time.monotonic())
+        left_s = max(1.0, self._retry_at - time.monotonic())
         return ModelUnavailable(
-            f"{self._over} Try again in {math.ceil(left_s)} s.", retry_after_s=left_s
+            f"{self._error} Try again in {math.ceil(left_s)} s.", retry_after_s=left_s
         )
 
     def _drop_cancelled(self) -> None:
@@ -185,11 +354,18 @@ class Worker:
         with self._changed:
             while True:
                 self._drop_cancelled()
-                if self._queue:
-                    break
-                if self._closing:
+                if self._leaving is Leaving.NOW:
                     return []
-                self._changed.wait()
+                if self._queue:
+                    if self._leaving is Leaving.IF_IDLE:
+                        self._leaving = Leaving.NO
+                    break
+                if self._closing or self.is_leaving:
+                    return []
+                left_s = math.inf if self.pinned else self.used_at + self._stay_s - time.monotonic()
+                if left_s <= 0:
+                    return []
+                self._changed.wait(min(left_s, LONGEST_WAIT_S))
             key = self._queue[0].job.key
             batch: list[Item] = []
             others: deque[Item] = deque()
@@ -226,7 +402,15 @@ class Worker:
                 }
                 # What was broken off because nobody waited must not pass for an answer.
                 item.answer(_too_late() if item.job.cancelled else result, about)
-        self._running = []
+        with self._changed:
+            self._running = []
+            self.used_at = time.monotonic()
+            call = batch[-1].job.call
+            own = self._own_stay_s(self._specs[call.model_id])
+            self._stay_s = own if call.keep_alive_s is None else call.keep_alive_s
+            idle = not self._queue
+        if idle:
+            self._residency.look_again()
 
     def _use_threads(self, items: int) -> None:
         """Run on all cores, but leave one to each HTTP worker where that is quicker.

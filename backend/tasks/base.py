@@ -10,7 +10,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields
 
-from backend.schemas import Bounds, Choice, ListOf, StrictField, StrictSchema
+from backend.schemas import Bounds, Choice, KeepAlive, ListOf, StrictField, StrictSchema
 
 MAX_SEED = 2**32 - 1
 
@@ -20,11 +20,14 @@ def about(description: str) -> dict[str, str]:
     return {"description": description}
 
 
+STAY = about("how long the model stays loaded after this call: seconds, 15m, or -1 for ever")
 TRUNCATE = about("cut an input that is longer than the model's window, instead of refusing it")
 
 
 class Options(StrictSchema):
     """A task's options. A subclass declares them; a model's entry may narrow them."""
+
+    keep_alive = KeepAlive(load_default=None, metadata=STAY)
 
     def narrow(self, defaults: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
         """Put a model's own defaults and bounds on this instance's fields.
@@ -84,7 +87,8 @@ def _describe(field: fields.Field[Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {"type": field.type_name, "default": copy.copy(default)}
     for validator in field.validators:
         if isinstance(validator, Bounds):
-            shown |= {"min": validator.low, "max": validator.high}
+            shown["min"] = validator.low
+            shown["max"] = validator.high if validator.high < math.inf else None
     if isinstance(field, Choice):
         shown["choices"] = field.choices
     if isinstance(field, ListOf):

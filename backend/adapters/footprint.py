@@ -1,0 +1,184 @@
+"""How much memory a model takes: guessed from its files, counted once it is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from backend.registry import ModelSpec
+
+logger = logging.getLogger("crane.engine")
+
+# Bytes of a number, by the names that safetensors gives them.
+_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+_WIDTHS |= {"I16": 2, "U16": 2}
+_HALF = {"float16", "bfloat16"}
+MARGIN = 0.1  # of what is free
+MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
+# Where weights may be in an object: ours and the libraries' own, not all that Python has.
+_OURS = ("backend.", "diffusers.", "transformers.", "sentence_transformers.")
+
+
+def estimate(spec: ModelSpec, dtype: str) -> int:
+    """Guess the bytes of an entry's weights in ``dtype``; 0 where nothing is known of them.
+
+    Of the files that from_pretrained may choose from, safetensors count before others, and a
+    ``variant`` that the entry's ``load`` names before none.
+    """
+    place = spec.weights()
+    try:
+        if Path(place).is_absolute():
+            sizes = _of_folder(Path(place), spec.load_kwargs.get("variant"), dtype)
+        else:
+            sizes = _of_hub(place, spec.revision, spec.load_kwargs.get("variant"), dtype)
+    except (OSError, ValueError) as error:  # which loading will say better
+        logger.info("%s: its size is not known before it loads: %s", spec.id, error)
+        return 0
+    return sum(sizes)
+
+
+def _of_folder(folder: Path, variant: str | None, dtype: str) -> list[int]:
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return [_of_file(folder / name, dtype) for name in weight_files(names, variant)]
+
+
+def _of_hub(repository: str, revision: str | None, variant: str | None, dtype: str) -> list[int]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, revision=revision, local_files_only=True)
+        sizes = _of_folder(Path(folder), variant, dtype)
+        if sizes:
+            return sizes
+    except LocalEntryNotFoundError:
+        pass
+    found = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
+    files = {one.rfilename: one.size or 0 for one in found.siblings or ()}
+    # How wide the numbers in them are is not told; most are published as they are computed with.
+    return [files[name] for name in weight_files(list(files), variant)]
+
+
+def weight_files(names: list[str], variant: str | None) -> list[str]:
+    """Of a checkpoint's files those that from_pretrained would read."""
+    chosen = []
+    for folder in sorted({os.path.dirname(name) for name in names}):
+        here = [name for name in names if os.path.dirname(name) == folder]
+        for ending in (".safetensors", ".bin", ".pt", ".ckpt"):
+            files = [name for name in here if name.endswith(ending)]
+            of_variant = [name for name in files if f".{variant}" in os.path.basename(name)]
+            plain = [name for name in files if "." not in os.path.basename(name)[: -len(ending)]]
+            if found := (of_variant if variant else []) or plain or files:
+                chosen += found
+                break
+    # Beside the folders of its parts a diffusers checkpoint may have itself whole, in one file.
+    inside = [name for name in chosen if os.path.dirname(name)]
+    return inside if inside and "model_index.json" in names else chosen
+
+
+def _of_file(file: Path, dtype: str) -> int:
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        return size // 2 if dtype in _HALF else size
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
+        if length > min(size, MAX_HEADER):
+            raise ValueError(f"{file.name} is no safetensors file")
+        header = json.loads(stream.read(length))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            total += _in_memory(end - begin, tensor["dtype"], dtype)
+    return total
+
+
+def _in_memory(size: int, stored: str, dtype: str) -> int:
+    if dtype == "auto" or stored not in ("F64", "F32", "F16", "BF16"):
+        return size
+    width = {"float32": 4, "float64": 8}.get(dtype, 2)
+    return size * width // _WIDTHS[stored]
+
+
+def count(adapter: object) -> int:
+    """The bytes of all weights that an adapter has, each counted once."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return 0
+    sizes: dict[int, int] = {}
+    for tensor in _tensors(adapter, torch):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors(root: object, torch: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    left: list[Any] = [vars(root)]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if hasattr(value, "__tensor_flatten__"):  # torchao's: the numbers and their scales
+                left += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+            else:
+                yield value
+        elif isinstance(value, torch.nn.Module):
+            left += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+        elif type(value).__module__.startswith(_OURS) and hasattr(value, "__dict__"):
+            left += vars(value).values()
+
+
+def free(device: str) -> int:
+    """The bytes that are free on a device; of main memory, what its cgroup leaves."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_available(), _left_in_cgroup())
+
+
+def spare(device: str) -> int:
+    """What models may take of it: all but a margin, for what a run needs besides weights."""
+    return int(free(device) * (1 - MARGIN))
+
+
+def _available() -> int:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    # Not Linux: all there is, and the budget is its operator's to set.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_cgroup() -> int:
+    """What a container's limit leaves; files that were read may be dropped from its use."""
+    root = Path("/sys/fs/cgroup")
+    for most, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = "".join(_lines(root / most))
+        if limit.isdigit():
+            stat = dict(line.split() for line in _lines((root / used).with_name("memory.stat")))
+            return int(limit) - int("".join(_lines(root / used))) + int(stat.get(cached, 0))
+    return sys.maxsize
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

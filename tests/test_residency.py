@@ -1,0 +1,401 @@
+"""Which models are loaded, through the caller's door: fitting, leaving, staying, waiting."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from backend.adapters.echo import Echo
+from backend.engine import residency
+from tests.conftest import run
+
+MB = 1_000_000
+
+
+class Sized(Echo):
+    """An echo with weights to load, ``weights`` bytes of them; it tells what happens to it."""
+
+    def place(self):
+        return "cpu", type(self).guess or type(self).weights
+
+    def load(self):
+        import torch
+
+        super().load()
+        self.told("load")
+        self.block = torch.zeros(type(self).weights, dtype=torch.uint8)
+
+    def unload(self):
+        self.told("unload")
+        del self.block
+
+    def predict(self, batch):
+        assert self.block.numel() == type(self).weights
+        return super().predict(batch)
+
+    def told(self, what):
+        type(self).events.append((what, self.spec.id))
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def sized(add_task, events):
+    """The entry of a model of a size: ``sized("a", 2 * MB, pinned=True)``."""
+
+    def entry(name, weights=MB, guess=None, **more):
+        own = {"weights": weights, "guess": guess, "events": events}
+        return add_task(name, type("SizedEcho", (Sized,), own)) | more
+
+    return entry
+
+
+def state(client, model_id):
+    return client.get(f"/crane/models/{model_id}").json["state"]
+
+
+def wait_for(condition, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def loads(events):
+    return [name for what, name in events if what == "load"]
+
+
+def unloads(events):
+    return [name for what, name in events if what == "unload"]
+
+
+# Fitting
+
+
+def test_the_least_recently_used_makes_room(make_app, sized, events):
+    client = make_app([sized(name) for name in "abcd"], memory_budget=3 * MB).test_client()
+    for name in "abcabad":
+        assert run(client, name, name).json["output"] == name
+    assert loads(events) == ["a", "b", "c", "d"]
+    assert unloads(events) == ["c"]
+    assert {name: state(client, name) for name in "abcd"} == {
+        "a": "ready",
+        "b": "ready",
+        "c": "unloaded",
+        "d": "ready",
+    }
+
+
+def test_no_more_models_leave_than_needed(make_app, sized, events):
+    entries = [sized("small"), sized("large", 3 * MB), sized("next", 2 * MB)]
+    client = make_app(entries, memory_budget=4 * MB).test_client()
+    for name in ("small", "large", "next"):
+        assert run(client, name).status_code == 200
+    assert unloads(events) == ["large"]
+
+
+def test_what_was_measured_counts_and_not_what_was_guessed(make_app, sized, events):
+    entries = [sized("a", 2 * MB, guess=MB), sized("b", MB), sized("c", MB, guess=3 * MB)]
+    client = make_app(entries, memory_budget=3 * MB).test_client()
+    assert run(client, "a").status_code == 200
+    assert client.get("/crane/models/a").json["memory_bytes"] == 2 * MB
+    assert run(client, "b").status_code == 200
+    assert unloads(events) == []
+    assert run(client, "c").status_code == 200
+    assert sorted(unloads(events)) == ["a", "b"]
+    events.clear()
+    # Now it is known that the three are 4 MB.
+    for name in "abc":
+        assert run(client, name).status_code == 200
+    assert (loads(events), unloads(events)) == (["a", "b", "c"], ["c", "a"])
+
+
+def test_what_a_model_turned_out_to_take_makes_idle_ones_leave(make_app, sized, events):
+    entries = [sized("a"), sized("b", 3 * MB, guess=MB)]
+    client = make_app(entries, memory_budget=3 * MB).test_client()
+    for name in "ab":
+        assert run(client, name).status_code == 200
+    wait_for(lambda: state(client, "a") == "unloaded")
+    assert unloads(events) == ["a"]
+
+
+def test_a_model_that_never_fits_is_refused_at_once(make_app, sized, events):
+    entries = [sized("kept", pinned=True), sized("huge", 3 * MB), sized("more", 4 * MB)]
+    client = make_app(entries, memory_budget=3 * MB).test_client()
+    for name, needs in (("huge", "3 MB"), ("more", "4 MB")):
+        started = time.monotonic()
+        wait_for(lambda: state(client, "kept") == "ready")
+        refused = run(client, name)
+        assert time.monotonic() - started < 5
+        assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
+        message = refused.json["error"]["message"]
+        assert f"{name} needs {needs} on cpu, where models may hold 3 MB" in message
+        assert "held: kept 1 MB (pinned)." in message
+        assert refused.json["error"]["details"] == {
+            "needed_bytes": int(needs[0]) * MB,
+            "budget_bytes": 3 * MB,
+            "held_bytes": {"kept": MB},
+        }
+        assert state(client, name) == "unloaded"
+    assert loads(events) == ["kept"]
+
+
+def test_what_is_not_free_is_not_there_whatever_the_budget_says(
+    make_app, sized, events, monkeypatch
+):
+    free = [10 * MB]
+    monkeypatch.setattr("backend.adapters.footprint.free", lambda device: free[0])
+    client = make_app([sized("a"), sized("b", 2 * MB)], memory_budget=9 * MB).test_client()
+    assert run(client, "a").status_code == 200
+    free[0] = MB
+    refused = run(client, "b", options={})
+    assert refused.json["error"]["code"] == "OUT_OF_MEMORY"
+
+
+# In use
+
+
+class Held(Sized):
+    """One whose calls end when the test says."""
+
+    def predict(self, batch):
+        type(self).inside.set()
+        assert type(self).gate.wait(20)
+        return super().predict(batch)
+
+
+@pytest.fixture
+def held(add_task, events):
+    gates = []
+
+    def entry(name, weights=MB, **more):
+        own = {"weights": weights, "guess": None, "events": events}
+        own |= {"gate": threading.Event(), "inside": threading.Event()}
+        gates.append(own["gate"])
+        kind = type("HeldEcho", (Held,), own)
+        return add_task(name, kind) | more, kind
+
+    yield entry
+    for gate in gates:
+        gate.set()
+
+
+def test_a_model_in_use_never_leaves_and_who_waits_gets_its_place(
+    make_app, sized, held, events, monkeypatch
+):
+    monkeypatch.setattr(residency, "AGE_BOUND_S", 60)
+    entry, kind = held("busy")
+    client = make_app([entry, sized("late")], memory_budget=MB).test_client()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, client, "busy")
+        assert kind.inside.wait(10)
+        second = threads.submit(run, client, "late")
+        wait_for(lambda: state(client, "late") == "waiting")
+        time.sleep(0.3)
+        assert (loads(events), unloads(events)) == (["busy"], [])
+        why = client.get("/crane/models/late").json["error"]
+        assert "held: busy 1 MB (1 in use)" in why
+        kind.gate.set()
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
+    assert events == [("load", "busy"), ("unload", "busy"), ("load", "late")]
+
+
+def test_who_waits_too_long_for_room_is_told_what_holds_it(make_app, sized, held, monkeypatch):
+    monkeypatch.setattr(residency, "AGE_BOUND_S", 60)
+    entry, kind = held("busy")
+    client = make_app([entry, sized("late")], memory_budget=MB, load_wait_s=0.3).test_client()
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(run, client, "busy")
+        assert kind.inside.wait(10)
+        refused = run(client, "late")
+        assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
+        assert "There was no room for late in 0.3 s." in refused.json["error"]["message"]
+        assert "busy 1 MB (1 in use)" in refused.json["error"]["message"]
+        assert int(refused.headers["Retry-After"]) >= 1
+        wait_for(lambda: state(client, "late") == "unloaded")  # nobody waits any more
+        kind.gate.set()
+        assert first.result().status_code == 200
+    assert run(client, "late").status_code == 200
+
+
+def test_a_small_model_may_pass_a_large_one_that_waits(make_app, sized, held, monkeypatch):
+    monkeypatch.setattr(residency, "AGE_BOUND_S", 60)
+    entry, kind = held("busy", 2 * MB)
+    entries = [entry, sized("large", 3 * MB), sized("small")]
+    client = make_app(entries, memory_budget=3 * MB).test_client()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, client, "busy")
+        assert kind.inside.wait(10)
+        second = threads.submit(run, client, "large")
+        wait_for(lambda: state(client, "large") == "waiting")
+        assert run(client, "small").status_code == 200
+        kind.gate.set()
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
+
+
+# Order
+
+
+def test_queued_work_for_a_loaded_model_goes_first(make_app, held, sized, events, monkeypatch):
+    monkeypatch.setattr(residency, "AGE_BOUND_S", 60)
+    entry, kind = held("a")
+    client = make_app([entry, sized("b"), sized("c")], memory_budget=MB).test_client()
+    with ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(run, client, "a", 0)]
+        assert kind.inside.wait(10)
+        for place, name in enumerate("baacabc", 1):
+            answers.append(threads.submit(run, client, name, place))
+            wait_for(lambda name=name: client.get(f"/crane/models/{name}").json["queue"])
+            time.sleep(0.05)
+        kind.gate.set()
+        assert [answer.result().json["output"] for answer in answers] == list(range(8))
+    assert loads(events) == ["a", "b", "c"]
+
+
+def test_nobody_waits_longer_for_that_than_the_age_bound(make_app, sized, events, monkeypatch):
+    monkeypatch.setattr(residency, "AGE_BOUND_S", 0.5)
+    client = make_app([sized("a"), sized("b")], memory_budget=MB).test_client()
+    stop, answers = threading.Event(), []
+
+    def keep_busy():
+        while not stop.is_set():
+            answers.append(run(client, "a", options={"delay_ms": 20}).status_code)
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            threads.submit(keep_busy)
+        wait_for(lambda: len(answers) > 8)
+        started = time.monotonic()
+        assert run(client, "b").status_code == 200
+        waited = time.monotonic() - started
+        before = len(answers)
+        wait_for(lambda: len(answers) > before + 8)
+        stop.set()
+    assert 0.4 < waited < 3
+    assert set(answers) == {200}
+    assert loads(events)[:3] == ["a", "b", "a"]
+
+
+def test_the_trace_is_loaded_no_more_often_than_the_best_order_and_one(make_app, sized, events):
+    client = make_app([sized(name) for name in "abc"], memory_budget=2 * MB).test_client()
+    for name in "abaacabc":
+        assert run(client, name).status_code == 200
+    assert len(loads(events)) <= 4 + 1  # the best knows the future: a, b, c for b, b for a
+
+
+# Staying
+
+
+def test_an_idle_model_leaves_after_its_time_and_comes_back(make_app, sized, events):
+    client = make_app([sized("a", idle_timeout=0.3), sized("b")], idle_timeout_s=60).test_client()
+    for name in "ab":
+        assert run(client, name).status_code == 200
+    assert client.get("/crane/models/b").json["idle_s"] >= 0
+    wait_for(lambda: state(client, "a") == "unloaded")
+    assert state(client, "b") == "ready"
+    assert run(client, "a").status_code == 200
+    assert loads(events) == ["a", "b", "a"]
+
+
+def test_idle_time_counts_from_the_end_of_the_last_call(make_app, sized, events):
+    client = make_app([sized("a", idle_timeout=0.4)]).test_client()
+    for _ in range(3):
+        assert run(client, "a", options={"delay_ms": 500}).status_code == 200
+        time.sleep(0.1)
+    assert events == [("load", "a")]
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "stays"), [(0, False), ("100ms", False), (-1, True), ("10m", True)]
+)
+def test_a_call_may_say_how_long_its_model_stays(make_app, sized, keep_alive, stays):
+    client = make_app([sized("a")], idle_timeout_s=0.3).test_client()
+    answer = run(client, "a", options={"keep_alive": keep_alive})
+    assert answer.status_code == 200
+    assert "keep_alive" not in answer.json["metadata"]["options"]
+    if stays:
+        time.sleep(0.6)
+        assert state(client, "a") == "ready"
+    else:
+        wait_for(lambda: state(client, "a") == "unloaded")
+
+
+def test_the_last_call_decides(make_app, sized):
+    client = make_app([sized("a")], idle_timeout_s=60).test_client()
+    run(client, "a", options={"keep_alive": -1})
+    assert state(client, "a") == "ready"
+    run(client, "a", options={"keep_alive": 0})
+    wait_for(lambda: state(client, "a") == "unloaded")
+    run(client, "a")
+    time.sleep(0.2)
+    assert state(client, "a") == "ready"
+
+
+def test_an_entry_bounds_how_long_its_model_may_be_kept(make_app, sized):
+    client = make_app([sized("a", limits={"keep_alive": 60})]).test_client()
+    assert run(client, "a", options={"keep_alive": 60}).status_code == 200
+    for beyond in (61, "2m", -1):
+        refused = run(client, "a", options={"keep_alive": beyond})
+        assert refused.json["error"]["code"] == "VALIDATION_ERROR"
+
+
+@pytest.mark.parametrize("wrong", [-2, "soon", "", True, [], "1d"])
+def test_a_wrong_keep_alive_is_named(make_app, sized, wrong):
+    answer = run(make_app([sized("a")]).test_client(), "a", options={"keep_alive": wrong})
+    assert answer.json["error"]["code"] == "VALIDATION_ERROR"
+    assert list(answer.json["error"]["details"]) == ["options.keep_alive"]
+
+
+def test_a_pinned_model_loads_at_the_start_and_stays(make_app, sized, events):
+    entries = [sized("kept", pinned=True, idle_timeout=0.1), sized("a"), sized("b")]
+    client = make_app(entries, memory_budget=2 * MB).test_client()
+    seen = []
+    wait_for(lambda: seen.append(client.get("/readyz")) or seen[-1].status_code == 200)
+    assert state(client, "kept") == "ready"
+    for name in ("a", "b", "a"):
+        assert run(client, name).status_code == 200
+    assert unloads(events) == ["a", "b"]
+    assert run(client, "kept", options={"keep_alive": 0}).status_code == 200
+    time.sleep(0.3)
+    assert state(client, "kept") == "ready"
+
+
+def test_readiness_waits_for_what_is_pinned(make_app, add_task):
+    gate = threading.Event()
+
+    class LoadsAtTheGate(Echo):
+        def load(self):
+            assert gate.wait(20)
+            super().load()
+
+    client = make_app([add_task("kept", LoadsAtTheGate) | {"pinned": True}]).test_client()
+    for _ in range(2):
+        answer = client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json["reasons"] == ["kept is pinned and not loaded yet."]
+    gate.set()
+    wait_for(lambda: client.get("/readyz").status_code == 200)
+
+
+def test_a_pinned_model_that_does_not_load_is_tried_again_by_itself(
+    make_app, add_task, monkeypatch
+):
+    monkeypatch.setattr("backend.engine.worker.FIRST_RETRY_S", 0.2)
+    tries = []
+
+    class LoadsTheSecondTime(Echo):
+        def load(self):
+            tries.append(1)
+            if len(tries) < 2:
+                raise RuntimeError("not yet")
+            super().load()
+
+    client = make_app([add_task("kept", LoadsTheSecondTime) | {"pinned": True}]).test_client()
+    wait_for(lambda: client.get("/readyz").status_code == 200)
+    assert len(tries) == 2
