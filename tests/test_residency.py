@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import ClassVar
 
 import pytest
 
+from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
 from backend.engine import residency
+from backend.engine.calls import Call
+from backend.errors import ModelUnavailable
 from tests.conftest import run
+from tests.serving import ROOT
 
 MB = 1_000_000
 
@@ -399,3 +411,166 @@ def test_a_pinned_model_that_does_not_load_is_tried_again_by_itself(
     client = make_app([add_task("kept", LoadsTheSecondTime) | {"pinned": True}]).test_client()
     wait_for(lambda: client.get("/readyz").status_code == 200)
     assert len(tries) == 2
+
+
+# All of it at once
+
+
+class Walked(Sized):
+    """A model that says whose answer it is, and tells of the room that all of them take."""
+
+    taken: ClassVar[dict] = {}
+    most: ClassVar[list] = []
+    wrong: ClassVar[list] = []
+
+    def load(self):
+        if random.random() < 0.03:
+            raise RuntimeError("a load that fails, now and then")
+        super().load()
+        self.taken[self.spec.id] = type(self).weights
+        self.most.append(sum(self.taken.values()))
+
+    def unload(self):
+        del self.taken[self.spec.id]
+        super().unload()
+
+    def predict(self, batch):
+        if self.spec.id not in self.taken:
+            self.wrong.append("it works though it was unloaded")
+        if "fail" in batch.inputs:
+            raise RuntimeError("an input that fails")
+        return [Prediction([self.spec.id, one.output]) for one in super().predict(batch)]
+
+
+def test_a_random_walk_never_passes_the_budget_or_loses_an_answer(
+    make_app, add_task, events, monkeypatch
+):
+    monkeypatch.setattr(residency, "AGE_BOUND_S", 0.2)
+    monkeypatch.setattr("backend.engine.worker.FIRST_RETRY_S", 0.05)
+    names = "abcdefgh"
+    kinds = {
+        name: type(f"Walked{name}", (Walked,), {"weights": MB, "guess": None, "events": events})
+        for name in names
+    }
+    entries = [add_task(name, kind) | {"idle_timeout": 0.2} for name, kind in kinds.items()]
+    app = make_app(entries, memory_budget=3 * MB, load_wait_s=20)
+    engine, client = app.extensions["crane"].engine, app.test_client()
+    steps = iter(range(2000))
+    seen = Counter()
+
+    def step(chance):
+        name = chance.choices(names, weights=range(8, 0, -1))[0]
+        what = chance.choice(["call"] * 12 + ["fail", "leave", "unload", "load", "idle"])
+        if what == "unload":
+            engine.control("unload", name)
+        elif what == "load":
+            with suppress(ModelUnavailable):
+                engine.control("load", name)
+        elif what == "idle":
+            time.sleep(chance.random() * 0.3)
+        elif what == "leave":
+            ticket = engine._submit(call_of(name))
+            engine._cancel(ticket)
+        else:
+            value = "fail" if what == "fail" else chance.random()
+            options = {"delay_ms": chance.choice([0, 0, 1, 5])}
+            if chance.random() < 0.2:
+                options["keep_alive"] = chance.choice([0, 0.05, -1])
+            answer = run(client, name, value, options=options)
+            seen[answer.status_code] += 1
+            if answer.status_code == 200:
+                assert answer.json["output"] == [name, value]
+            elif answer.status_code == 500:
+                assert value == "fail"
+            else:
+                assert answer.json["error"]["code"] == "MODEL_UNAVAILABLE"
+        with lock:
+            return next(steps, None)
+
+    def walk(seed):
+        chance = random.Random(seed)
+        while step(chance) is not None:
+            pass
+
+    def call_of(name):
+        return Call(
+            request_id="x",
+            model_id=name,
+            inputs=[1],
+            options={"delay_ms": 0},
+            seeds=None,
+            timeout_s=9,
+        )
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(16) as threads:
+        for done in [threads.submit(walk, seed) for seed in range(16)]:
+            done.result(timeout=120)
+    assert seen[200] > 1000
+    assert Walked.wrong == []
+    assert max(Walked.most) == 3 * MB
+    engine.close()
+    assert Walked.taken == {}
+    assert engine.status()["memory"]["cpu"]["held_bytes"] == 0
+    assert not [one for one in threading.enumerate() if one.name.startswith("model ")]
+
+
+def test_memory_comes_back_when_a_model_leaves(make_app, tmp_path):
+    """In a process of its own, where nothing else takes or gives back memory."""
+    script = tmp_path / "cycles.py"
+    script.write_text(CYCLES)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert len(sizes) == 20
+    assert max(sizes[2:]) <= sizes[1] * 1.05
+
+
+CYCLES = """
+import json, sys
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from backend import create_app
+from backend.config import Config
+from tests.checkpoints import llama
+
+folder = Path(sys.argv[1])
+llama(folder / "model")
+vocabulary = len(AutoTokenizer.from_pretrained(folder / "model"))
+config = LlamaConfig.from_pretrained(folder / "model")
+config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 2048, 7
+config.num_attention_heads = config.num_key_value_heads = 8
+config.head_dim = 64
+model = LlamaForCausalLM(config)
+assert 110e6 < sum(p.nbytes for p in model.parameters()) < 130e6
+model.save_pretrained(folder / "model")
+del model
+
+(folder / "models.yaml").write_text(yaml.safe_dump({"models": [
+    {"id": "m", "type": "text-generation", "hf_model": str(folder / "model")}]}))
+app = create_app(Config(models=folder / "models.yaml", data_dir=folder / "data", quota="off",
+                        dtype="float32", log_format="json"))
+client, engine = app.test_client(), app.extensions["crane"].engine
+sizes = []
+for _ in range(20):
+    answer = client.post("/crane/run", json={
+        "model_id": "m", "input": "the river", "options": {"max_tokens": 3, "keep_alive": 0}})
+    assert answer.status_code == 200, answer.text
+    while client.get("/crane/models/m").json["state"] != "unloaded" or engine.status()["memory"]["cpu"]["held_bytes"]:
+        pass
+    sizes.append(psutil.Process().memory_info().rss)
+engine.close()
+print(json.dumps(sizes))
+"""

@@ -37,7 +37,7 @@ def estimate(spec: ModelSpec, dtype: str) -> int:
             sizes = _of_folder(Path(place), spec.load_kwargs.get("variant"), dtype)
         else:
             sizes = _of_hub(place, spec.revision, spec.load_kwargs.get("variant"), dtype)
-    except (OSError, ValueError) as error:  # which loading will say better
+    except Exception as error:  # whatever it is, loading will say it better
         logger.info("%s: its size is not known before it loads: %s", spec.id, error)
         return 0
     return sum(sizes)
@@ -163,9 +163,8 @@ def _available() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _left_in_cgroup() -> int:
+def _left_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int:
     """What a container's limit leaves; files that were read may be dropped from its use."""
-    root = Path("/sys/fs/cgroup")
     for most, used, cached in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

@@ -83,6 +83,13 @@ class EngineClient(ABC):
         """What ``Engine.status`` says; raises ``ModelUnavailable`` where no engine answers."""
 
     @abstractmethod
+    def control(self, order: str, model_id: str) -> None:
+        """Have the engine ``load`` or ``unload`` a model, and do not wait until it has.
+
+        Raises ``ModelUnavailable`` where it cannot, or no engine answers.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the engine: an inline one finishes its work and unloads."""
 
@@ -111,6 +118,10 @@ class InlineEngine(EngineClient):
     def status(self) -> dict[str, Any]:
         self._begin()
         return self._engine.status()
+
+    def control(self, order: str, model_id: str) -> None:
+        self._begin()
+        self._engine.control(order, model_id)
 
     def close(self) -> None:
         self._engine.close()

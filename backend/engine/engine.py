@@ -35,13 +35,13 @@ class Engine:
             if spec.pinned:
                 self._pool.load(spec)
 
-    def load(self, model_id: str) -> None:
-        """Begin to load a model. Raises ``ModelNotFound``, ``ModelUnavailable``."""
-        self._pool.load(self._registry.get(model_id))
+    def control(self, order: str, model_id: str) -> None:
+        """Begin to ``load`` a model, or ``unload`` it when its queued work is done.
 
-    def unload(self, model_id: str) -> None:
-        """Unload a model when its queued work is done. Raises ``ModelNotFound``."""
-        self._pool.unload(self._registry.get(model_id))
+        Raises ``ModelNotFound`` and ``ModelUnavailable``.
+        """
+        spec = self._registry.get(model_id)
+        (self._pool.load if order == "load" else self._pool.unload)(spec)
 
     def submit(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> Job:
         """Queue a call; ``on_end`` gets its answer or error, once, in whichever thread has it.
