@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from gunicorn import glogging
@@ -128,6 +129,7 @@ def when_ready(server):
     (_sockets / "metrics").mkdir()
     if settings.engine == "process":
         os.environ["CRANE_ENGINE_SOCKET"] = str(_sockets / "engine.sock")
+        settings.engine_file.write_text(os.environ["CRANE_ENGINE_SOCKET"])
         _supervisor = subprocess.Popen(
             [sys.executable, "-m", "backend.engine.supervisor"],
             stdin=subprocess.PIPE,
@@ -176,4 +178,7 @@ def on_exit(server):
         _supervisor.stdin.close()
         _supervisor.wait()
     if _sockets is not None:
+        with suppress(OSError):
+            if settings.engine_file.read_text().startswith(str(_sockets)):
+                settings.engine_file.unlink()
         shutil.rmtree(_sockets, ignore_errors=True)

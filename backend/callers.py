@@ -35,6 +35,15 @@ class Caller:
     tier: Tier
     key_id: str | None = None
     models: frozenset[str] | None = None
+    admin: bool = False
+
+    def check_admin(self) -> None:
+        """Raises ``Forbidden`` for whoever may not load and unload models."""
+        if not self.admin:
+            raise Forbidden(
+                "Only an admin's key may do this: flask --app wsgi crane keys create --admin makes "
+                "one. Where no key is needed, calls from this very host may."
+            )
 
     def may_use(self, model_id: str) -> bool:
         return self.models is None or model_id in self.models
@@ -66,7 +75,11 @@ class Callers:
         if self._config.auth == "off" or not (
             self._needs_keys or _looks_like_ours(authorization, api_key)
         ):
-            return Caller(f"address:{_network(address)}", self._config.tiers["free"])
+            return Caller(
+                f"address:{_network(address)}",
+                self._config.tiers["free"],
+                admin=_is_this_host(address),
+            )
         text = _key_of(authorization, api_key)
         if text is None:
             raise InvalidApiKey("An API key is needed: send it as Authorization: Bearer crane_….")
@@ -75,7 +88,7 @@ class Callers:
         if tier is None:
             logger.error("a key's tier is not among CRANE_TIERS: %s", key.tier)
             tier = self._config.tiers["free"]
-        return Caller(f"key:{key.id}", tier, key.id, key.models)
+        return Caller(f"key:{key.id}", tier, key.id, key.models, key.admin)
 
     def _find(self, text: str, address: str) -> Key:
         if key := self._keys.seen(text):
@@ -133,6 +146,14 @@ def _key_of(authorization: str | None, api_key: str | None) -> str | None:
     if api_key is not None and api_key.strip() != text.strip():
         raise InvalidApiKey("Authorization and X-API-Key hold different keys: send one.")
     return text.strip()
+
+
+@lru_cache(4096)
+def _is_this_host(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a Unix socket's
+        return False
 
 
 @lru_cache(4096)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import click
 from flask.cli import AppGroup
 
-from backend.errors import KeysUnavailable, did_you_mean
+from backend.crane_api import describe
+from backend.engine.calls import ModelStatus
+from backend.engine.client import EngineClient, RemoteEngine
+from backend.engine.residency import shown_size
+from backend.errors import CraneError, KeysUnavailable, did_you_mean
 from backend.http import crane as parts
 from backend.keys import Key, KeyEnded, Keys, UnknownKey
 
@@ -18,7 +25,9 @@ _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 crane = AppGroup("crane", help="What an operator does beside the service, while it runs or not.")
 keys = AppGroup("keys", help="API keys: who may call.")
+models = AppGroup("models", help="The models of the service that runs on this data folder.")
 crane.add_command(keys)
+crane.add_command(models)
 
 
 @keys.command("create")
@@ -26,7 +35,8 @@ crane.add_command(keys)
 @click.option("--tier", required=True, help="One of CRANE_TIERS.")
 @click.option("--expires", help="After 90m, 12h, 30d or 4w, or at 2030-01-31; else never.")
 @click.option("--models", help="The only models it may use: a,b.")
-def create(owner: str, tier: str, expires: str | None, models: str | None) -> None:
+@click.option("--admin", is_flag=True, help="It may load and unload models.")
+def create(owner: str, tier: str, expires: str | None, models: str | None, admin: bool) -> None:
     """Make a key, and print it alone on a line: it is shown this once."""
     if not owner.strip() or len(owner) > 200 or not owner.isprintable():
         raise click.ClickException("--owner must be a name of 1 to 200 printable characters")
@@ -36,7 +46,9 @@ def create(owner: str, tier: str, expires: str | None, models: str | None) -> No
     until = None if expires is None else expiry(expires, datetime.now(UTC))
     allowed = None if models is None else known_models(models)
     with opened() as of_service:
-        key, text = of_service.create(owner=owner, tier=tier, expires_at=until, models=allowed)
+        key, text = of_service.create(
+            owner=owner, tier=tier, expires_at=until, models=allowed, admin=admin
+        )
     click.echo(f"Key {key.id} for {key.owner}; keep it now, it is not shown again:", err=True)
     click.echo(text)
 
@@ -47,12 +59,10 @@ def list_() -> None:
     now = datetime.now(UTC)
     with opened() as of_service:
         rows = [shown(key, now) for key in of_service.list()]
-    head = ("ID", "OWNER", "TIER", "STATE", "MODELS", "CREATED", "EXPIRES", "LAST USED", "REVOKED")
-    table = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+    echo_table(
+        ("ID", "OWNER", "TIER", "STATE", "MODELS", "CREATED", "EXPIRES", "LAST USED", "REVOKED"),
+        rows,
+    )
 
 
 @keys.command("revoke")
@@ -72,6 +82,80 @@ def rotate(id: str) -> None:
         key, text = of_service.rotate(id)
     click.echo(f"Key {key.id} for {key.owner}; the old one stops within 5 s:", err=True)
     click.echo(text)
+
+
+@models.command("list")
+def list_models() -> None:
+    """Show every model and where it stands."""
+    with engine() as running:
+        states = running.status()["models"]
+    rows: list[tuple[str, ...]] = []
+    for spec in parts().registry:
+        model = states.get(spec.id) or ModelStatus().to_wire()
+        held, idle_s = model["memory_bytes"], model["idle_s"]
+        rows.append(
+            (
+                spec.id,
+                spec.type,
+                model["state"] + (", pinned" if spec.pinned else ""),
+                model["device"] or "-",
+                "-" if held is None else shown_size(held),
+                str(model["queue"]),
+                "-" if idle_s is None else f"{idle_s:.0f} s",
+            )
+        )
+    echo_table(("ID", "TASK", "STATE", "DEVICE", "MEMORY", "QUEUE", "IDLE"), rows)
+
+
+@models.command("inspect")
+@click.argument("id")
+def inspect(id: str) -> None:
+    """Show what GET /crane/models/{id} would, as JSON."""
+    with engine() as running:
+        spec = parts().registry.get(id)
+        shown = describe(spec, running.status()["models"].get(id, {}))
+    click.echo(json.dumps(shown, indent=2))
+
+
+@models.command("load")
+@click.argument("id")
+def load(id: str) -> None:
+    """Load a model, and wait until it is."""
+    with engine() as running:
+        running.load(parts().registry.get(id).id)
+    click.echo(f"{id} is loaded.", err=True)
+
+
+@models.command("unload")
+@click.argument("id")
+def unload(id: str) -> None:
+    """Unload a model when the calls that it has are done."""
+    with engine() as running:
+        gone = running.unload(parts().registry.get(id).id)
+    click.echo(f"{id} is unloaded." if gone else f"{id} is still in use, and goes then.", err=True)
+
+
+@contextmanager
+def engine() -> Iterator[EngineClient]:
+    """The engine of the service that runs on this data folder."""
+    config = parts().config
+    try:
+        socket = Path(config.engine_file.read_text())
+    except OSError:
+        raise click.ClickException(f"no service runs on {config.data_dir}") from None
+    with closing(RemoteEngine(replace(config, engine_socket=socket))) as found:
+        try:
+            yield found
+        except CraneError as error:
+            raise click.ClickException(error.message) from None
+
+
+def echo_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
 
 
 @contextmanager
@@ -122,6 +206,7 @@ def known_models(text: str) -> list[str]:
 
 def shown(key: Key, now: datetime) -> tuple[str, ...]:
     models = "all" if key.models is None else ",".join(sorted(key.models))
+    models += " +admin" if key.admin else ""
     times = (key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
     told = (f"{time:%Y-%m-%d %H:%M}" if time else "-" for time in times)
     return (key.id, key.owner, key.tier, key.state(now), models, *told)

@@ -263,6 +263,11 @@ class Config:
         raise ValueError("Crane's settings are wrong:\n" + "\n".join(f"  {f}" for f in faults))
 
     @property
+    def engine_file(self) -> Path:
+        """Where the running service says which its engine's socket is."""
+        return self.data_dir / "engine"
+
+    @property
     def needs_keys(self) -> bool:
         """Whether a caller must have a key: unless told, where others than this host may call."""
         if self.auth == "auto":

@@ -54,6 +54,30 @@ def model(model_id: str) -> dict[str, Any]:
     return describe(spec, model_states().get(spec.id, {}))
 
 
+@bp.post("/models/<model_id>/load")
+def load(model_id: str) -> dict[str, Any]:
+    """Load a model, as its next call would; an admin's."""
+    spec = administered(model_id)
+    crane().engine.load(spec.id)
+    return describe(spec, model_states().get(spec.id, {}))
+
+
+@bp.post("/models/<model_id>/unload")
+def unload(model_id: str) -> tuple[dict[str, Any], int]:
+    """Unload a model when its calls are done; 202 while they are not."""
+    spec = administered(model_id)
+    gone = crane().engine.unload(spec.id)
+    return describe(spec, model_states().get(spec.id, {})), 200 if gone else 202
+
+
+def administered(model_id: str) -> ModelSpec:
+    spec = crane().registry.get(model_id)
+    g.caller.check_may_use(spec.id)
+    g.caller.check_admin()
+    g.log["model_id"] = spec.id
+    return spec
+
+
 def model_states() -> dict[str, Any]:
     """Each model's state; empty where no engine answers, so that the list itself still does."""
     try:

@@ -48,6 +48,7 @@ class Key:
     owner: str
     tier: str
     models: frozenset[str] | None  # None: every model
+    admin: bool  # whether it may load and unload them
     created_at: datetime
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
@@ -121,24 +122,25 @@ class Keys:
         tier: str,
         expires_at: datetime | None = None,
         models: Iterable[str] | None = None,
+        admin: bool = False,
     ) -> tuple[Key, str]:
         """Make a key; the text is told here and never again."""
         with _available():
             store, pepper = self._open()
             only = None if models is None else sorted(models)
             row, text = self._made(
-                pepper, owner=owner, tier=tier, expires_at=expires_at, models=only
+                pepper, owner=owner, tier=tier, expires_at=expires_at, models=only, admin=admin
             )
             store.add_key(row)
         return _key(row), text
 
     def create_first(self, *, owner: str, tier: str) -> str | None:
-        """Make a key where none was ever made; of all that race, on all hosts, one gets a text."""
+        """Make an admin's key where no key was ever made; of all that race, one gets a text."""
         with _available():
             store, pepper = self._open()
             if store.has_keys():
                 return None
-            row, text = self._made(pepper, owner=owner, tier=tier)
+            row, text = self._made(pepper, owner=owner, tier=tier, admin=True)
             return text if store.add_first_key(row) else None
 
     def list(self) -> list[Key]:

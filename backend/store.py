@@ -58,6 +58,7 @@ KEYS = sa.Table(
     sa.Column("expires_at", UTCTime),
     sa.Column("last_used_at", UTCTime),
     sa.Column("revoked_at", UTCTime),
+    sa.Column("admin", sa.Boolean),
 )
 _KEY_OF_ID = sa.select(KEYS).where(KEYS.c.id == sa.bindparam("id"))
 

@@ -21,6 +21,7 @@ class Gunicorn:
     """``gunicorn wsgi:app`` on a free port of 127.0.0.1, in a process group of its own."""
 
     def __init__(self, models: Path, data_dir: Path, settings: dict[str, object]) -> None:
+        self.models, self.data_dir = models, settings.get("CRANE_DATA_DIR", data_dir)
         self.output = data_dir.with_suffix(".log")
         env = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
         env |= {

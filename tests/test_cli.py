@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -25,13 +26,13 @@ NOW = datetime(2030, 1, 30, 12, tzinfo=UTC)
 
 @pytest.fixture
 def flask(tmp_path):
-    """Run ``flask --app wsgi crane keys …`` as a process of its own."""
+    """Run ``flask --app wsgi crane keys …`` (or another group) as a process of its own."""
     models = write_models(tmp_path, [ECHO, ECHO | {"id": "other"}])
     env = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
     env |= {"CRANE_DATA_DIR": str(tmp_path / "data"), "CRANE_MODELS": str(models)}
 
-    def run(*arguments, **settings):
-        command = [sys.executable, "-m", "flask", "--app", "wsgi", "crane", "keys", *arguments]
+    def run(*arguments, group="keys", **settings):
+        command = [sys.executable, "-m", "flask", "--app", "wsgi", "crane", group, *arguments]
         return subprocess.run(
             command, cwd=ROOT, env=env | settings, capture_output=True, text=True, timeout=60
         )
@@ -171,3 +172,46 @@ def test_the_command_line_works_beside_the_service(gunicorn, flask):
     made = flask("create", "--owner", "a", "--tier", "free", CRANE_DATA_DIR=folder)
     assert re.fullmatch(KEY + "\n", made.stdout), made.stderr
     assert server.run()[0] == 200
+
+
+@pytest.fixture
+def models(flask, gunicorn):
+    """``crane models …`` beside a running server: ``models(server, "load", "echo")``."""
+
+    def run(server, *arguments):
+        place = {"CRANE_DATA_DIR": server.data_dir, "CRANE_MODELS": server.models}
+        return flask(*arguments, group="models", **{k: str(v) for k, v in place.items()})
+
+    return run
+
+
+def test_models_are_listed_loaded_inspected_and_unloaded(models, gunicorn):
+    server = gunicorn([ECHO, ECHO | {"id": "kept", "pinned": True}])
+    loaded = models(server, "load", "echo")
+    assert (loaded.returncode, loaded.stderr) == (0, "echo is loaded.\n")
+    head, *rows = models(server, "list").stdout.splitlines()
+    assert head.split() == ["ID", "TASK", "STATE", "DEVICE", "MEMORY", "QUEUE", "IDLE"]
+    assert [re.split(r"\s{2,}", row)[:6] for row in rows] == [
+        ["echo", "echo", "ready", "cpu", "0 B", "0"],
+        ["kept", "echo", "ready, pinned", "cpu", "0 B", "0"],
+    ]
+    inspected = json.loads(models(server, "inspect", "echo").stdout)
+    shown = server.get("/crane/models/echo")[1]
+    del inspected["idle_s"], shown["idle_s"]
+    assert inspected == shown
+    assert models(server, "unload", "echo").stderr == "echo is unloaded.\n"
+    assert server.get("/crane/models/echo")[1]["state"] == "unloaded"
+
+
+def test_a_wrong_model_and_a_service_that_does_not_run_are_told_in_a_line(models, gunicorn):
+    server = gunicorn()
+    for order in ("load", "unload", "inspect"):
+        done = models(server, order, "ecko")
+        assert done.returncode == 1
+        assert re.fullmatch(
+            r"Error: There is no model 'ecko'.*did you mean 'echo'.*\n", done.stderr
+        )
+    server.stop()
+    done = models(server, "list")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"Error: no service runs on {server.data_dir}\n"

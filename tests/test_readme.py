@@ -49,6 +49,7 @@ def commands():
 
 
 CURLS = [(command, shown) for command, shown in commands() if command.startswith("curl ")]
+MODEL_COMMANDS = [command for command, _ in commands() if " crane models " in command]
 KEY_COMMANDS = [command for command, _ in commands() if " crane keys " in command]
 OTHERS = [command for command, _ in commands() if not command.startswith("curl ")]
 
@@ -214,7 +215,7 @@ def test_every_other_command_is_one_that_works(command):
                 assert int(value) > Config().request_timeout_s
     else:
         known = command in ("git clone REPOSITORY crane", "cd crane")
-        assert known or command in KEY_COMMANDS  # which are run below
+        assert known or command in KEY_COMMANDS + MODEL_COMMANDS  # which are run below
 
 
 def test_the_commands_for_keys_work_beside_the_service(shipped):
@@ -225,6 +226,12 @@ def test_the_commands_for_keys_work_beside_the_service(shipped):
     status, quota = shipped.get("/crane/quota", Authorization=f"Bearer {made.strip()}")
     assert (status, quota["tier"]) == (200, "pro")
     assert quota["models"] == ["echo", "text-embedder-v1"]
+
+
+def test_the_commands_for_models_work_beside_the_service(shipped):
+    _, listed, _ = (bash(command, cwd=shipped.folder) for command in MODEL_COMMANDS)
+    assert re.search(r"^text-embedder-v1 +embeddings +ready +cpu +45.4 MB", listed, re.MULTILINE)
+    assert shipped.get("/crane/models/text-embedder-v1")[1]["state"] == "unloaded"
 
 
 def test_the_headers_of_a_quota_are_those_that_are_shown(shipped):

@@ -11,16 +11,18 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import ClassVar
 
 import pytest
 
 from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
+from backend.config import Config
 from backend.engine import residency
 from backend.engine.calls import Call
 from backend.errors import ModelUnavailable
+from backend.keys import Keys
 from tests.conftest import run
 from tests.serving import ROOT
 
@@ -413,6 +415,114 @@ def test_a_pinned_model_that_does_not_load_is_tried_again_by_itself(
     assert len(tries) == 2
 
 
+# Control
+
+
+def order(client, model_id, what, **headers):
+    return client.post(f"/crane/models/{model_id}/{what}", headers=headers)
+
+
+def test_a_model_is_loaded_and_unloaded_by_order(make_app, sized, events):
+    client = make_app([sized("a"), sized("b")], memory_budget=MB).test_client()
+    for name in "ab":
+        answer = order(client, name, "load")
+        assert (answer.status_code, answer.json["state"]) == (200, "ready")
+        assert answer.json == client.get(f"/crane/models/{name}").json
+    assert order(client, "b", "load").status_code == 200  # and not once more
+    assert state(client, "a") == "unloaded"
+    for _ in range(2):
+        answer = order(client, "b", "unload")
+        assert (answer.status_code, answer.json["state"]) == (200, "unloaded")
+    assert events == [("load", "a"), ("unload", "a"), ("load", "b"), ("unload", "b")]
+    assert run(client, "b").status_code == 200
+
+
+def test_a_model_in_use_is_unloaded_when_its_calls_are_done(make_app, held, events):
+    entry, kind = held("busy")
+    client = make_app([entry], load_wait_s=0.2).test_client()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, client, "busy")
+        assert kind.inside.wait(10)
+        second = threads.submit(run, client, "busy", options={"delay_ms": 1})
+        wait_for(lambda: client.get("/crane/models/busy").json["queue"])
+        assert order(client, "busy", "unload").status_code == 202
+        kind.gate.set()
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
+    wait_for(lambda: state(client, "busy") == "unloaded")
+    assert loads(events) == ["busy"]
+
+
+def test_a_load_by_order_says_why_it_failed(make_app, sized, add_task, monkeypatch):
+    tries = []
+
+    class LoadsTheSecondTime(Echo):
+        def load(self):
+            tries.append(1)
+            if len(tries) < 2:
+                raise ModelUnavailable("Its weights are still being copied.")
+            super().load()
+
+    entries = [sized("huge", 2 * MB), add_task("late", LoadsTheSecondTime)]
+    client = make_app(entries, memory_budget=MB).test_client()
+    refused = order(client, "huge", "load")
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
+    refused = order(client, "late", "load")
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+    assert "still being copied" in refused.json["error"]["message"]
+    # Whoever gives the order need not wait, as callers must.
+    assert order(client, "late", "load").status_code == 200
+
+
+def test_a_load_by_order_that_takes_long_goes_on(make_app, add_task):
+    gate = threading.Event()
+
+    class LoadsAtTheGate(Echo):
+        def load(self):
+            assert gate.wait(20)
+            super().load()
+
+    client = make_app([add_task("slow", LoadsAtTheGate)], load_wait_s=0.2).test_client()
+    refused = order(client, "slow", "load")
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "MODEL_LOADING")
+    assert order(client, "slow", "unload").status_code == 202
+    gate.set()
+    wait_for(lambda: state(client, "slow") == "unloaded")
+
+
+def test_orders_are_an_admins(make_app, tmp_path):
+    client = make_app(bind="0.0.0.0:8000").test_client()
+    with closing(Keys(Config(data_dir=tmp_path / "data"))) as keys:
+        admin, plain, elsewhere = (
+            {"Authorization": "Bearer " + keys.create(owner="a", tier="free", **more)[1]}
+            for more in ({"admin": True}, {}, {"admin": True, "models": ["other"]})
+        )
+    for what in ("load", "unload"):
+        assert order(client, "echo", what).status_code == 401
+        for others in (plain, elsewhere):
+            refused = order(client, "echo", what, **others)
+            assert (refused.status_code, refused.json["error"]["code"]) == (403, "FORBIDDEN")
+        assert order(client, "echo", what, **admin).status_code == 200
+        unknown = order(client, "ecko", what, **admin)
+        assert (unknown.status_code, unknown.json["error"]["code"]) == (404, "MODEL_NOT_FOUND")
+
+
+@pytest.mark.parametrize(("address", "status"), [("127.0.0.1", 200), ("10.0.0.9", 403)])
+def test_where_no_key_is_needed_orders_come_from_this_host(make_app, address, status):
+    client = make_app(bind="0.0.0.0:8000", auth="off").test_client()
+    answer = client.post("/crane/models/echo/load", environ_base={"REMOTE_ADDR": address})
+    assert answer.status_code == status
+
+
+def test_orders_reach_the_engine_whichever_worker_takes_them(gunicorn):
+    server = gunicorn(CRANE_WORKERS=3)
+    for _ in range(4):
+        for what, wanted in (("load", "ready"), ("unload", "unloaded")):
+            status, _, _ = server.request("POST", f"/crane/models/echo/{what}")
+            assert status == 200
+            states = {server.get("/crane/models/echo")[1]["state"] for _ in range(6)}
+            assert states == {wanted}
+
+
 # All of it at once
 
 
@@ -568,7 +678,8 @@ for _ in range(20):
     answer = client.post("/crane/run", json={
         "model_id": "m", "input": "the river", "options": {"max_tokens": 3, "keep_alive": 0}})
     assert answer.status_code == 200, answer.text
-    while client.get("/crane/models/m").json["state"] != "unloaded" or engine.status()["memory"]["cpu"]["held_bytes"]:
+    assert engine.unload("m")
+    while engine.status()["memory"]["cpu"]["held_bytes"]:
         pass
     sizes.append(psutil.Process().memory_info().rss)
 engine.close()

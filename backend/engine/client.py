@@ -15,11 +15,12 @@ from typing import Any
 
 from backend.config import Config
 from backend.engine import wire
-from backend.engine.calls import Answer, Call, Job, State
+from backend.engine.calls import Answer, Call, Job, ModelStatus, State
 from backend.engine.engine import Engine
 from backend.errors import CraneError, DeadlineExceeded, ModelLoading, ModelUnavailable, OutOfMemory
 from backend.registry import Registry
 
+LOOK_S = 0.05  # between looks at a model that loads or unloads
 ENGINE_START_S = (
     5.0  # a restarted engine listens after about half a second; loaded hosts are slower
 )
@@ -58,19 +59,51 @@ class EngineClient(ABC):
             raise answer
         return answer
 
+    def load(self, model_id: str) -> None:
+        """Load a model and wait until it is, for ``CRANE_LOAD_WAIT`` at most.
+
+        Raises ``ModelUnavailable``, ``OutOfMemory`` and ``ModelLoading``.
+        """
+        self.control("load", model_id)
+        deadline = time.monotonic() + self._load_wait_s
+        while (model := self._model(model_id)).state is not State.READY:
+            if model.state is State.UNLOADED and model.error:
+                raise OutOfMemory(model.error, retry_after_s=10)
+            if model.state not in (State.WAITING, State.LOADING):
+                raise ModelUnavailable(
+                    model.error or f"{model_id} was unloaded meanwhile.", retry_after_s=1
+                )
+            if time.monotonic() > deadline:
+                self._refuse_while_loading(model_id, self._load_wait_s)
+            time.sleep(LOOK_S)
+
+    def unload(self, model_id: str) -> bool:
+        """Unload a model once its calls are done; whether it is, after ``CRANE_LOAD_WAIT``."""
+        self.control("unload", model_id)
+        deadline = time.monotonic() + self._load_wait_s
+        while self._model(model_id).state in (State.WAITING, State.LOADING, State.READY):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(LOOK_S)
+        return True
+
+    def _model(self, model_id: str) -> ModelStatus:
+        known = self.status()["models"].get(model_id, {})
+        return ModelStatus(**known | {"state": State(known.get("state", State.UNLOADED))})
+
     def _refuse_while_loading(self, model_id: str, timeout_s: float) -> None:
         try:
-            model = self.status()["models"].get(model_id, {})
+            model = self._model(model_id)
         except ModelUnavailable:  # too busy to say
             return
         waited_s = min(self._load_wait_s, timeout_s)
-        if model.get("state") == State.WAITING:
+        if model.state is State.WAITING:
             raise OutOfMemory(
-                f"There was no room for {model_id} in {waited_s:g} s. {model['error']}",
+                f"There was no room for {model_id} in {waited_s:g} s. {model.error}",
                 details={"state": State.WAITING},
                 retry_after_s=10,
             )
-        if model.get("state") == State.LOADING:
+        if model.state is State.LOADING:
             raise ModelLoading(
                 f"{model_id} is still loading after {waited_s:g} s; "
                 "it goes on loading, so try again later.",
@@ -165,7 +198,17 @@ class RemoteEngine(EngineClient):
         self._local = threading.local()
 
     def status(self) -> dict[str, Any]:
-        connection = self._send(None)
+        shown: dict[str, Any] = wire.unpack(self._ask(None))
+        return shown
+
+    def control(self, order: str, model_id: str) -> None:
+        answer = wire.unpack_answer(model_id, self._ask([order, model_id]))
+        if isinstance(answer, CraneError):
+            raise answer
+
+    def _ask(self, message: list[str] | None) -> bytes:
+        """What the engine says at once, whatever its models do."""
+        connection = self._send(message)
         data = None
         try:
             data = self._receive(connection, STATUS_TIMEOUT_S)
@@ -174,8 +217,7 @@ class RemoteEngine(EngineClient):
                 self._hang_up(connection)
         if data is None:
             raise ModelUnavailable("The engine is too busy to say how it is.", retry_after_s=1)
-        shown: dict[str, Any] = wire.unpack(data)
-        return shown
+        return data
 
     def close(self) -> None:
         """Nothing to do: the engine is its supervisor's to end."""
@@ -191,7 +233,7 @@ class RemoteEngine(EngineClient):
     def _cancel(self, ticket: tuple[Connection, str]) -> None:
         self._hang_up(ticket[0])
 
-    def _send(self, message: dict[str, Any] | None) -> Connection:
+    def _send(self, message: Any) -> Connection:
         """Send on this thread's connection, or on a new one where its engine has ended."""
         data = wire.pack(message)
         connection: Connection | None = getattr(self._local, "connection", None)

@@ -96,6 +96,8 @@ class Server:
             return
         if message is None:
             self._send(caller, wire.pack(self._engine.status()))
+        elif isinstance(message, list):
+            self._order(caller, *message)
         else:
             self._run(caller, Call(**message))
 
@@ -111,6 +113,14 @@ class Server:
         except Exception:
             logger.exception("a call could not be queued")
             self._send(caller, wire.pack_answer(call.request_id, InternalError()))
+
+    def _order(self, caller: Connection, order: str, model_id: str) -> None:
+        answer = None
+        try:
+            self._engine.control(order, model_id)
+        except CraneError as error:
+            answer = error
+        self._send(caller, wire.pack_answer(model_id, answer))
 
     def _send_answers(self) -> None:
         while self._outbox:

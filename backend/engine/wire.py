@@ -1,7 +1,8 @@
 """How messages look between an HTTP worker and an engine: msgpack, with numpy arrays as bytes.
 
-An HTTP worker's thread has a connection of its own and one request on it at a time: a call, or
-None to ask for the engine's status. Closing the connection says that nobody waits any more.
+An HTTP worker's thread has a connection of its own and one request on it at a time: a call, an
+order (``["load", model_id]``), or None to ask for the engine's status. Closing the connection says
+that nobody waits any more.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ def _unpack_other(code: int, data: bytes) -> Any:
     return np.frombuffer(data, dtype=dtype, offset=unpacker.tell()).reshape(shape)
 
 
-def pack_answer(call_id: str, answer: Answer | CraneError) -> bytes:
-    """An answer to a call; ``call_id`` is the request's own, by which the caller knows it."""
-    if isinstance(answer, Answer):
-        return pack({"id": call_id, "answer": answer.to_wire()})
+def pack_answer(call_id: str, answer: Answer | CraneError | None) -> bytes:
+    """An answer to a call; ``call_id`` is the request's own, by which the caller knows it.
+
+    To an order it is None, or an error, and the id is the model's.
+    """
+    if not isinstance(answer, CraneError):
+        return pack({"id": call_id, "answer": answer and answer.to_wire()})
     error = {
         "code": answer.code,
         "message": answer.message,
@@ -55,12 +59,12 @@ def pack_answer(call_id: str, answer: Answer | CraneError) -> bytes:
     return pack({"id": call_id, "error": error})
 
 
-def unpack_answer(call_id: str, data: bytes) -> Answer | CraneError:
+def unpack_answer(call_id: str, data: bytes) -> Answer | CraneError | None:
     """The answer to ``call_id``; raises ``ValueError`` for another call's."""
     message = unpack(data)
     if message["id"] != call_id:
         raise ValueError(f"the answer is to {message['id']!r}, not to {call_id!r}")
     if "answer" in message:
-        return Answer(**message["answer"])
+        return message["answer"] and Answer(**message["answer"])
     error = message["error"]
     return ERRORS.get(error.pop("code"), InternalError)(error.pop("message"), **error)

@@ -129,6 +129,8 @@ class Worker:
             self._retry_at = 0.0
             self._check_open()
             self._wanted = self.state is not State.READY
+            if self.state in (State.UNLOADED, State.FAILED):
+                self.state = State.LOADING
             self._leaving = Leaving.NO
             self._start()
 
