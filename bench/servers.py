@@ -21,14 +21,24 @@ ROOT = Path(__file__).resolve().parent.parent
 class Server:
     """A server's process and port."""
 
-    def __init__(self, process: subprocess.Popen, port: int, started_at: float = 0.0) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen,
+        port: int,
+        started_at: float = 0.0,
+        log: Path | None = None,
+    ) -> None:
         self.process = process
+        self._log = log
         self.port = port
         self.started_at = started_at
 
     def processes(self) -> list[psutil.Process]:
         master = psutil.Process(self.process.pid)
         return [master, *master.children(recursive=True)]
+
+    def log(self) -> str:
+        return self._log.read_text() if self._log else ""
 
     def http_workers(self) -> list[psutil.Process]:
         gunicorns = [p for p in self.processes() if "gunicorn" in " ".join(p.cmdline())]
@@ -68,7 +78,7 @@ def crane(app: str = "wsgi:app", **settings: object) -> Iterator[Server]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(log.read_text())
                 time.sleep(0.01)
-            yield Server(process, int(match[1]), started_at)
+            yield Server(process, int(match[1]), started_at, log)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
