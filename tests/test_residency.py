@@ -204,6 +204,7 @@ def test_a_model_in_use_never_leaves_and_who_waits_gets_its_place(
     make_app, sized, held, events, monkeypatch
 ):
     monkeypatch.setattr(residency, "AGE_BOUND_S", 60)
+    monkeypatch.setattr(residency, "LOOK_AGAIN_S", 60)  # it is told, and need not look
     entry, kind = held("busy")
     client = make_app([entry, sized("late")], memory_budget=MB).test_client()
     with ThreadPoolExecutor(2) as threads:
@@ -397,22 +398,23 @@ def test_readiness_waits_for_what_is_pinned(make_app, add_task):
     wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("not yet"), MemoryError()])
 def test_a_pinned_model_that_does_not_load_is_tried_again_by_itself(
-    make_app, add_task, monkeypatch
+    make_app, add_task, monkeypatch, fault
 ):
     monkeypatch.setattr("backend.engine.worker.FIRST_RETRY_S", 0.2)
     tries = []
 
-    class LoadsTheSecondTime(Echo):
+    class LoadsTheThirdTime(Echo):
         def load(self):
             tries.append(1)
-            if len(tries) < 2:
-                raise RuntimeError("not yet")
+            if len(tries) < 3:
+                raise fault
             super().load()
 
-    client = make_app([add_task("kept", LoadsTheSecondTime) | {"pinned": True}]).test_client()
+    client = make_app([add_task("kept", LoadsTheThirdTime) | {"pinned": True}]).test_client()
     wait_for(lambda: client.get("/readyz").status_code == 200)
-    assert len(tries) == 2
+    assert len(tries) == 3
 
 
 # Control
@@ -427,7 +429,8 @@ def test_a_model_is_loaded_and_unloaded_by_order(make_app, sized, events):
     for name in "ab":
         answer = order(client, name, "load")
         assert (answer.status_code, answer.json["state"]) == (200, "ready")
-        assert answer.json == client.get(f"/crane/models/{name}").json
+        shown = client.get(f"/crane/models/{name}").json
+        assert answer.json | {"idle_s": None} == shown | {"idle_s": None}
     assert order(client, "b", "load").status_code == 200  # and not once more
     assert state(client, "a") == "unloaded"
     for _ in range(2):

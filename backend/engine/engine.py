@@ -22,12 +22,18 @@ CLOSE_TIMEOUT_S = 10.0
 class Engine:
     """Runs calls on the models of a registry, on one device."""
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        on_defunct: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_defunct`` is called when a model broke in a way that only a new process mends."""
         # Read by the libraries when they are first imported, which is when a model loads.
         os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads[0]))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
-        self._pool = WorkerPool(ADAPTERS, config)
+        self._pool = WorkerPool(ADAPTERS, config, on_defunct)
 
     def load_pinned(self) -> None:
         """Load the models that are to stay loaded, each in a thread of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from backend.adapters import footprint
 from backend.adapters.base import Adapter
@@ -18,9 +19,12 @@ from backend.registry import ModelSpec
 class WorkerPool:
     """Finds a model's worker, or starts one; entries that share weights share a worker."""
 
-    def __init__(self, adapters: dict[str, type[Adapter]], config: Config) -> None:
+    def __init__(
+        self, adapters: dict[str, type[Adapter]], config: Config, on_defunct: Callable[[], None]
+    ) -> None:
         self._adapters = dict(adapters)
         self._config = config
+        self._on_defunct = on_defunct
         self._residency = Residency(self._budget, footprint.free)
         self._workers: dict[str, Worker] = {}
         self._closed = False
@@ -52,6 +56,8 @@ class WorkerPool:
                     queue_size=self._config.queue_size,
                     threads=self._config.engine_threads,
                     idle_timeout_s=self._config.idle_timeout_s,
+                    load_timeout_s=self._config.load_timeout_s,
+                    on_defunct=self._on_defunct,
                 )
             worker.add(spec)
             return worker

@@ -12,6 +12,7 @@ from backend.errors import OutOfMemory
 
 # A loaded model's queued work goes before another model's load, but nobody waits longer for that.
 AGE_BOUND_S = 5.0
+LEAVE_S = 5.0  # how long an unload may take before nobody waits for it
 LOOK_AGAIN_S = 0.25  # for callers that have left meanwhile, and memory that others gave back
 
 
@@ -110,6 +111,25 @@ class Residency:
         with self._changed:
             if self._line:
                 self._changed.notify_all()
+
+    def empty(self, besides: Tenant) -> None:
+        """Have all idle models on a tenant's device leave, and wait until they have."""
+        with self._changed:
+            device, _ = self.place(besides)
+            others = [
+                tenant
+                for tenant, holding in self._held.items()
+                if holding.device == device and tenant is not besides
+            ]
+            leaving = [tenant for tenant in others if tenant.is_leaving or tenant.leave()]
+            self._changed.wait_for(
+                lambda: not any(tenant in self._held for tenant in leaving), LEAVE_S
+            )
+
+    def place(self, tenant: Tenant) -> tuple[str, int]:
+        """The device that a tenant is on, and the bytes that it holds there."""
+        holding = self._held[tenant]
+        return holding.device, holding.size
 
     def held(self, tenant: Tenant) -> int:
         """The bytes that a tenant holds."""

@@ -34,6 +34,7 @@ logger = logging.getLogger("crane.engine")
 # A caller that neither reads nor writes for so long is stuck, and is cut off: the thread that
 # serves all callers must not wait for one.
 STUCK_S = 2
+BROKEN = 70  # the exit status; EX_SOFTWARE of sysexits.h
 
 
 class Server:
@@ -43,8 +44,8 @@ class Server:
     wake it, so that no connection is closed by one thread while another writes to it.
     """
 
-    def __init__(self, engine: Engine, path: Path) -> None:
-        self._engine = engine
+    def __init__(self, config: Config, path: Path) -> None:
+        self._engine = Engine(config, Registry.load(config.models), on_defunct=self._break)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(socket.SOMAXCONN)
@@ -53,10 +54,11 @@ class Server:
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._jobs: dict[Connection, Job | None] = {}
-        self._stopping = False
+        self._stopping = self._broken = False
 
     def serve(self) -> None:
-        """Answer until ``stop``."""
+        """Answer until ``close``, or until a model broke that only a new process can mend."""
+        self._engine.load_pinned()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
         while not self._stopping:
@@ -69,9 +71,19 @@ class Server:
                 elif isinstance(key.fileobj, Connection):
                     self._receive(key.fileobj)
 
-    def stop(self) -> None:
-        """End ``serve``, from any thread."""
+    def close(self) -> None:
+        """Finish what is queued and end ``serve``, from any thread."""
+        self._engine.close()
         self._stopping = True
+        self._wake_up()
+
+    @property
+    def broken(self) -> bool:
+        return self._broken
+
+    def _break(self) -> None:
+        # Whoever has an answer by now gets it; the others are told by their connections' end.
+        self._broken = self._stopping = True
         self._wake_up()
 
     def _wake_up(self) -> None:
@@ -164,21 +176,20 @@ def main() -> None:
     assert config.engine_socket is not None
     path = config.engine_socket
     path.unlink(missing_ok=True)  # left by an engine that was killed
-    engine = Engine(config, Registry.load(config.models))
-    engine.load_pinned()
-    server = Server(engine, path)
+    server = Server(config, path)
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()
         # Nothing may hold this process up once its parent is gone, whatever a model is doing.
         threading.Timer(CLOSE_TIMEOUT_S + 5, os._exit, (1,)).start()
-        engine.close()
-        server.stop()
+        server.close()
 
     threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
     server.serve()
     path.unlink(missing_ok=True)
-    os._exit(0)  # without waiting for the threads of a model that did not unload
+    os._exit(
+        BROKEN if server.broken else 0
+    )  # without waiting for the threads of a model that did not unload
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from backend.adapters.base import Adapter, Batch, Prediction
 from backend.adapters.hub import release_memory
 from backend.engine.calls import Item, Job, ModelStatus, State
+from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory, let_go
 from backend.engine.residency import Residency
 from backend.errors import (
     CraneError,
@@ -73,6 +74,8 @@ class Worker:
         queue_size: int,
         threads: tuple[int, int],
         idle_timeout_s: float,
+        load_timeout_s: float,
+        on_defunct: Callable[[], None],
     ) -> None:
         self.model_id = spec.id
         self.state = State.UNLOADED
@@ -85,6 +88,8 @@ class Worker:
         self._queue_size = queue_size
         self._threads = threads
         self._idle_timeout_s = idle_timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._on_defunct = on_defunct
         self._stay_s = self._own_stay_s(spec)
         self._loaded: set[str] = set()
         self._queue: deque[Item] = deque()
@@ -103,6 +108,7 @@ class Worker:
         self._retry_at = 0.0
         self._error: str | None = None
         self._seconds_per_item = 0.0
+        self._most_at_once = sys.maxsize  # inputs that were not too much for the device
 
     @property
     def _adapter(self) -> Adapter:
@@ -228,8 +234,21 @@ class Worker:
         except BaseException:
             # Not an error of a batch, which _answer keeps: this thread cannot go on.
             logger.exception("%s stopped working", self.model_id)
-            self._refuse_all(State.DEFUNCT, "The model stopped working and is being replaced.")
             self._residency.give_back(self)
+            self._end("The model stopped working and is being replaced.")
+
+    def _end(self, why: str) -> None:
+        """Be over with; whoever comes next needs another worker, or another process."""
+        self._refuse_all(State.DEFUNCT, why)
+        self._on_defunct()
+
+    def _give_up_load(self) -> None:
+        """A load hangs, and its thread with it: no one can end that but the process."""
+        with self._changed:
+            if self.state is not State.LOADING:
+                return
+        logger.error("%s did not load in %.0f s", self.model_id, self._load_timeout_s)
+        self._end(f"{self.model_id} did not load in {self._load_timeout_s:g} s.")
 
     def _has_work(self) -> bool:
         """Whether to load; else the thread is over, and the next call starts another."""
@@ -266,27 +285,18 @@ class Worker:
             self.state = State.LOADING
             with _LOADING if adapter.loads_alone else nullcontext():
                 started = time.monotonic()
-                adapter.load()
+                self._load_in_time(adapter)
+            if self.state is State.DEFUNCT:  # it was given up, and did load after all
+                adapter.unload()
+                return False
             self._size = device, adapter.footprint()
             self._residency.settle(self, self._size[1])
-        except OutOfMemory as error:
-            self._refuse_all(State.UNLOADED, error.message, error)
-            self._wanted = False
-            return False
         except BaseException as error:
-            logger.exception("%s did not load", self.model_id)
-            pause_s = min(FIRST_RETRY_S * 2**self._failures, LAST_RETRY_S)
-            self._failures += 1
-            self._retry_at = time.monotonic() + pause_s
-            why = (
-                error.message if isinstance(error, ModelUnavailable) else "The log has the reason."
-            )
-            self._wanted = False
-            self._renew()
-            if "torch" in sys.modules:
-                release_memory()
-            self._refuse_all(State.FAILED, f"{self.model_id} did not load. {why}")
-            self._residency.give_back(self)
+            if self.state is State.DEFUNCT:  # it was given up before
+                return False
+            if is_broken_device(error):
+                raise DeviceBroken from error
+            self._fail_load(error)
             return False
         self._ready_at = self.used_at = time.monotonic()
         self._load_s = round(self._ready_at - started, 3)
@@ -303,6 +313,53 @@ class Worker:
         logger.info("%s loaded", self.model_id, extra={"fields": fields})
         return True
 
+    def _fail_load(self, error: BaseException) -> None:
+        self._wanted = False
+        self._renew()
+        if "torch" in sys.modules:
+            release_memory()
+        self._residency.give_back(self)
+        if isinstance(error, OutOfMemory) and not self.pinned:  # there may be room for the next
+            self._refuse_all(State.UNLOADED, error.message, error)
+            return
+        logger.error("%s did not load", self.model_id, exc_info=error)
+        pause_s = min(FIRST_RETRY_S * 2**self._failures, LAST_RETRY_S)
+        self._failures += 1
+        self._retry_at = time.monotonic() + pause_s
+        told = error.message if isinstance(error, CraneError) else "The log has the reason."
+        self._refuse_all(State.FAILED, f"{self.model_id} did not load. {told}")
+
+    def _load_in_time(self, adapter: Adapter) -> None:
+        """Load; where the device has too little memory, once more after all idle models left."""
+        alarm = threading.Timer(self._load_timeout_s, self._give_up_load)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            try:
+                return adapter.load()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("%s ran out of memory as it loaded", self.model_id)
+                let_go(error)
+            self._residency.empty(self)
+            release_memory()
+            adapter.load()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory() from None
+            raise
+        finally:
+            alarm.cancel()
+
+    def _out_of_memory(self) -> OutOfMemory:
+        device, _ = self._residency.place(self)
+        return OutOfMemory(
+            f"{self.model_id} ran out of memory on {device}, though it did one input at a time and "
+            "idle models were unloaded. Ask for less, or make room.",
+            retry_after_s=10,
+        )
+
     def _unload(self) -> None:
         # What comes from now on waits for the next load.
         self.state = State.UNLOADED
@@ -317,6 +374,7 @@ class Worker:
         with self._changed:
             self.adapters = {name: self._make_adapter(spec) for name, spec in self._specs.items()}
             self._loaded.clear()
+            self._most_at_once = sys.maxsize
             self._leaving = Leaving.NO
             self._ready_at = float("inf")
 
@@ -372,7 +430,7 @@ class Worker:
             batch: list[Item] = []
             others: deque[Item] = deque()
             spec = self.adapters[self._queue[0].job.call.model_id].spec
-            while self._queue and len(batch) < spec.max_batch_size:
+            while self._queue and len(batch) < min(spec.max_batch_size, self._most_at_once):
                 item = self._queue.popleft()
                 (batch if item.job.key == key else others).append(item)
             # What was passed over keeps its place at the head.
@@ -382,7 +440,8 @@ class Worker:
 
     def _answer(self, batch: list[Item]) -> None:
         adapter = self.adapters[batch[0].job.call.model_id]
-        for items in _of_like_size(batch, adapter.max_batch_tokens):
+        groups = _of_like_size(batch, adapter.max_batch_tokens)
+        for items in groups:
             started = time.monotonic()
             self._use_threads(len(items))
             results = self._predict(adapter, items)
@@ -393,6 +452,8 @@ class Worker:
                 "device": adapter.device,
                 "dtype": adapter.dtype,
             }
+            if items is groups[-1]:  # whoever is answered finds the model free
+                self._rest(batch)
             for item, result in zip(items, results, strict=True):
                 queued_at = item.job.queued_at
                 load = max(0.0, self._ready_at - queued_at)
@@ -404,6 +465,9 @@ class Worker:
                 }
                 # What was broken off because nobody waited must not pass for an answer.
                 item.answer(_too_late() if item.job.cancelled else result, about)
+
+    def _rest(self, batch: list[Item]) -> None:
+        """Be done with a batch, but for its answers."""
         with self._changed:
             self._running = []
             self.used_at = time.monotonic()
@@ -431,8 +495,13 @@ class Worker:
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
-    def _predict(self, adapter: Adapter, items: list[Item]) -> list[Prediction | CraneError]:
-        """Run a batch; if it fails, run its items one by one, so that each fails for itself."""
+    def _predict(
+        self, adapter: Adapter, items: list[Item], last: bool = False
+    ) -> list[Prediction | CraneError]:
+        """Run a batch; if it fails, run its items one by one, so that each fails for itself.
+
+        ``last`` says that it was tried before, and ran out of memory.
+        """
 
         def progress(done: int, of: int) -> None:
             self._progress = {"step": done, "steps": of}
@@ -454,17 +523,42 @@ class Worker:
         except Exception as error:
             if batch.abandoned():  # which an adapter may say by breaking off
                 return [_too_late()] * len(items)
-            request_ids = [item.job.call.request_id for item in items]
-            logger.exception(
-                "%s failed a batch of %d",
-                adapter.spec.id,
-                len(items),
-                extra={"fields": {"request_ids": request_ids}},
-            )
-            if len(items) == 1:
-                return [error if isinstance(error, CraneError) else InternalError()]
-            return [result for item in items for result in self._predict(adapter, [item])]
-        return results
+            if is_broken_device(error):
+                raise DeviceBroken from error
+            if not is_out_of_memory(error):
+                request_ids = [item.job.call.request_id for item in items]
+                logger.exception(
+                    "%s failed a batch of %d",
+                    adapter.spec.id,
+                    len(items),
+                    extra={"fields": {"request_ids": request_ids}},
+                )
+                if len(items) == 1:
+                    return [error if isinstance(error, CraneError) else InternalError()]
+                return [result for item in items for result in self._predict(adapter, [item])]
+            let_go(error)
+        else:
+            return results
+        return self._predict_less(adapter, items, last)
+
+    def _predict_less(
+        self, adapter: Adapter, items: list[Item], last: bool
+    ) -> list[Prediction | CraneError]:
+        """Run a batch that was too much for the device: when idle models have left, by halves."""
+        logger.warning("%s ran out of memory with a batch of %d", adapter.spec.id, len(items))
+        if last:
+            return [self._out_of_memory()]
+        self._residency.empty(self)
+        release_memory()
+        half = len(items) // 2
+        if not half:
+            return self._predict(adapter, items, last=True)
+        self._most_at_once = min(self._most_at_once, len(items) - half)
+        return [
+            result
+            for part in (items[:half], items[half:])
+            for result in self._predict(adapter, part)
+        ]
 
 
 def _too_late() -> DeadlineExceeded:

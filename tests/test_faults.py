@@ -1,0 +1,285 @@
+"""Too little memory, broken devices, hanging loads: each by an adapter that fails that way."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from backend.adapters.echo import Echo
+from backend.engine import faults
+from tests.conftest import ECHO, run, together
+from tests.serving import ROOT
+from tests.test_residency import MB, Sized, events, sized, state, unloads, wait_for
+
+__all__ = ["events", "sized"]
+
+
+def device_is_full():
+    """As CUDA says it."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def host_is_full():
+    torch.empty(10**15)
+
+
+def array_is_too_large():
+    np.empty(10**15)
+
+
+FULL = [device_is_full, host_is_full, array_is_too_large]
+
+
+@pytest.fixture
+def batches():
+    return []
+
+
+@pytest.fixture
+def narrow(add_task, batches):
+    """The entry of a model that has room for so many inputs at once: ``narrow(2)``."""
+
+    def entry(most, fail=device_is_full, **more):
+        class Narrow(Echo):
+            def predict(self, batch):
+                batches.append(len(batch))
+                if len(batch) > most:
+                    fail()
+                return super().predict(batch)
+
+        return add_task("narrow", Narrow) | more
+
+    return entry
+
+
+def requests(count, model_id="narrow"):
+    return [{"model_id": model_id, "input": number} for number in range(count)]
+
+
+@pytest.mark.parametrize("fail", FULL)
+def test_a_batch_that_is_too_much_is_run_by_halves(make_app, narrow, batches, fail):
+    client = make_app([narrow(3, fail)]).test_client()
+    answer = run(client, "narrow", list(range(10)))
+    assert answer.json["output"] == list(range(10))
+    assert batches == [10, 5, 2, 3, 5, 2, 3]
+    assert answer.json["metadata"]["batch_size"] == 10
+    batches.clear()
+    assert run(client, "narrow", list(range(7))).status_code == 200
+    assert batches == [3, 3, 1]  # which it knows by now
+
+
+def test_other_callers_notice_nothing(make_app, narrow, batches):
+    client = make_app([narrow(2)]).test_client()
+    answers = together(client, requests(12))
+    assert [answer.json["output"] for answer in answers] == list(range(12))
+
+
+def test_what_is_too_much_alone_is_a_503_and_the_model_goes_on(make_app, add_task, batches):
+    class Picky(Echo):
+        def predict(self, batch):
+            batches.append(len(batch))
+            if "huge" in batch.inputs:
+                device_is_full()
+            return super().predict(batch)
+
+    client = make_app([add_task("picky", Picky)]).test_client()
+    refused = run(client, "picky", "huge")
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
+    assert "picky ran out of memory on cpu" in refused.json["error"]["message"]
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert batches == [1, 1]
+    assert run(client, "picky").status_code == 200
+    assert state(client, "picky") == "ready"
+
+
+def test_idle_models_leave_before_it_is_tried_again(make_app, sized, add_task, events):
+    class NeedsTheOthersRoom(Sized):
+        weights, guess = MB, None
+
+        def predict(self, batch):
+            if sorted(unloads(type(self).events)) != ["a", "b"]:
+                device_is_full()
+            return super().predict(batch)
+
+    NeedsTheOthersRoom.events = events
+    entries = [sized("a"), sized("b"), sized("kept", pinned=True)]
+    client = make_app([*entries, add_task("needy", NeedsTheOthersRoom)]).test_client()
+    for name in ("a", "b", "kept"):
+        assert run(client, name).status_code == 200
+    assert run(client, "needy").status_code == 200
+    assert state(client, "kept") == "ready"
+
+
+def test_a_load_that_runs_out_of_memory_is_tried_once_more(make_app, sized, add_task, events):
+    class NeedsTheOthersRoom(Sized):
+        weights, guess = MB, None
+        tries = 0
+
+        def load(self):
+            type(self).tries += 1
+            if self.tries == 1 or "never" in self.spec.id:
+                device_is_full()
+            super().load()
+
+    NeedsTheOthersRoom.events = events
+    never = type("Never", (NeedsTheOthersRoom,), {"tries": 0})
+    entries = [sized("a"), add_task("needy", NeedsTheOthersRoom), add_task("never", never)]
+    client = make_app(entries).test_client()
+    assert run(client, "a").status_code == 200
+    assert run(client, "needy").status_code == 200
+    assert events == [("load", "a"), ("unload", "a"), ("load", "needy")]
+    refused = run(client, "never")
+    assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
+    assert never.tries == 2
+    assert state(client, "never") == "unloaded"
+    assert client.get("/readyz").json["engine"]["memory"]["cpu"]["held_bytes"] == 0
+
+
+def test_nothing_of_a_failed_batch_is_kept(make_app, add_task):
+    kept = []
+
+    class KeepsNothing(Echo):
+        def predict(self, batch):
+            block = torch.zeros(10)
+            kept.append(weakref.ref(block))
+            if len(kept) == 1:
+                try:
+                    raise ValueError("within another error")
+                except ValueError:
+                    device_is_full()
+            gc.collect()
+            assert kept[0]() is None
+            return super().predict(batch)
+
+    client = make_app([add_task("clean", KeepsNothing)]).test_client()
+    assert run(client, "clean").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "full", "broken"),
+    [
+        (MemoryError(), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory."), True, False),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True, False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), False, True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False, True),
+        (RuntimeError("HIP error: unspecified launch failure"), False, True),
+        (RuntimeError("The size of tensor a must match: not a CUDA error: at all"), False, False),
+        (ValueError("CUDA error: in a text"), False, False),
+    ],
+)
+def test_errors_are_told_apart(error, full, broken):
+    assert faults.is_out_of_memory(error) is full
+    assert faults.is_broken_device(error) is broken
+
+
+class Breaks(Echo):
+    """Loses its device at its second call, as after an illegal access."""
+
+    calls = 0
+
+    def predict(self, batch):
+        type(self).calls += 1
+        if "break" in batch.inputs:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().predict(batch)
+
+
+def test_a_model_whose_device_broke_is_defunct_and_is_not_tried_again(make_app, add_task):
+    client = make_app([add_task("breaks", type("Own", (Breaks,), {}))]).test_client()
+    answer = run(client, "breaks", ["fine", "break"])
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+    assert state(client, "breaks") == "defunct"
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json["reasons"]) == (503, ["breaks stopped working."])
+
+
+PLUGIN = """
+import torch
+from dataclasses import replace
+from backend.adapters import ADAPTERS
+from backend.adapters.echo import Echo
+from backend.tasks import TASKS
+
+class Breaks(Echo):
+    def predict(self, batch):
+        if "break" in batch.inputs:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if "exit" in batch.inputs:
+            raise SystemExit
+        return super().predict(batch)
+
+class Hangs(Echo):
+    def load(self):
+        import time
+        time.sleep(1000)
+
+for name, adapter in {"breaks": Breaks, "hangs": Hangs}.items():
+    TASKS[name] = replace(TASKS["echo"], name=name)
+    ADAPTERS[name] = adapter
+"""
+
+
+@pytest.mark.parametrize(("model_id", "how"), [("b", "break"), ("b", "exit"), ("h", "hang")])
+def test_an_engine_that_cannot_go_on_is_replaced_while_http_stays_up(
+    gunicorn, tmp_path, model_id, how
+):
+    (tmp_path / "sitecustomize.py").write_text(PLUGIN)
+    entries = [ECHO, {"id": "b", "type": "breaks"}, {"id": "h", "type": "hangs"}]
+    server = gunicorn(
+        entries, CRANE_LOAD_TIMEOUT="1s", PYTHONPATH=f"{ROOT}:{tmp_path}", CRANE_WORKERS=2
+    )
+    engine, workers = server.engine().pid, {one.pid for one in server.http_workers()}
+    with ThreadPoolExecutor(3) as threads:
+        others = [
+            threads.submit(server.run, "echo", number, options={"delay_ms": 20_000})
+            for number in range(2)
+        ]
+        wait_for(lambda: server.get("/crane/models/echo")[1]["running"])
+        started = time.monotonic()
+        status, answer = server.run(model_id, how)
+        assert (status, answer["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+        for other in others:
+            status, answer = other.result()
+            assert (status, answer["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+        assert time.monotonic() - started < 6
+    wait_for(lambda: server.run("echo")[0] == 200)
+    wait_for(lambda: server.get("/readyz")[0] == 200)
+    assert server.run("b", "fine")[0] == 200
+    assert server.engine().pid != engine
+    assert {one.pid for one in server.http_workers()} == workers
+    [line] = server.log_lines(logger="crane.supervisor")
+    assert line["exit_code"] == 70
+
+
+def test_a_load_that_hangs_is_given_up(make_app, add_task):
+    gate = threading.Event()
+    loaded = []
+
+    class Hangs(Echo):
+        def load(self):
+            assert gate.wait(20)
+            super().load()
+
+        def unload(self):
+            loaded.append(self)
+
+    client = make_app([add_task("hangs", Hangs)], load_timeout_s=0.3).test_client()
+    started = time.monotonic()
+    answer = run(client, "hangs")
+    assert 0.2 < time.monotonic() - started < 5
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+    assert "hangs did not load in 0.3 s." in answer.json["error"]["message"]
+    assert state(client, "hangs") == "defunct"
+    gate.set()
+    wait_for(lambda: loaded)  # and what it loaded late is let go
+    assert client.get("/readyz").json["engine"]["memory"] in ({}, {"cpu": {}})
