@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from backend.errors import CraneError, ModelUnavailable
+from backend.errors import CraneError, DeadlineExceeded, ModelUnavailable
 from backend.registry import ModelSpec
 
 
@@ -31,6 +31,11 @@ class Batch:
     def abandoned(self) -> bool:
         """Whether nobody waits for any of it."""
         return all(self.cancelled(index) for index in range(len(self)))
+
+
+def too_late() -> DeadlineExceeded:
+    """What becomes of an input that nobody waits for."""
+    return DeadlineExceeded("Nobody waited for the answer any more.")
 
 
 @dataclass(slots=True)

@@ -12,11 +12,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backend.adapters.base import Adapter, Batch
+from backend.adapters.base import Adapter, Batch, too_late
 from backend.adapters.hub import find_weights, pick_device, pick_dtype, release_memory
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.transformers_base import quiet
-from backend.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable
+from backend.errors import InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class DiffusersAdapter(Adapter):
             total = total or len(self.pipeline.scheduler.timesteps)
             batch.progress(before * total + index + 1, of * total)
             if batch.abandoned():
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+                raise too_late()
 
         def on_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             step(index)

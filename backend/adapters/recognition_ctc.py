@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from backend.adapters.base import Batch, Prediction
-from backend.errors import CraneError, DeadlineExceeded
+from backend.adapters.base import Batch, Prediction, too_late
+from backend.errors import CraneError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ class CtcListener:
         done = 0
         for run in self._runs([chunk.values.shape[1] for _, chunk in chunks]):
             if batch.abandoned():
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+                raise too_late()
             batch.progress(done, len(chunks))
             for index, letters in zip(run, self._letters([chunks[i][1] for i in run]), strict=True):
                 place, chunk = chunks[index]

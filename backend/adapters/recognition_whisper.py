@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.recognition_text import Sound, Writer
-from backend.errors import CraneError, DeadlineExceeded, did_you_mean
+from backend.errors import CraneError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ class WhisperListener:
         """Read each sound to its end, a window of each at a time."""
         while True:
             if batch.abandoned():
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+                raise too_late()
             left = [
                 sound
                 for sound in sounds
@@ -224,7 +224,7 @@ class WhisperListener:
 
     def _prediction(self, sound: Sound, batch: Batch) -> Prediction | CraneError:
         if batch.cancelled(sound.place):
-            return DeadlineExceeded("Nobody waited for the answer any more.")
+            return too_late()
         output = self._writer.output(sound, batch.options["return_timestamps"])
         usage = {"audio_seconds": round(sound.seconds, 3), "output_tokens": sound.written}
         facts = {"finish_reason": "length" if sound.cut else "stop"}

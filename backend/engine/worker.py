@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend import metrics
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.engine.calls import Item, Job, ModelStatus, State
-from backend.errors import CraneError, DeadlineExceeded, InternalError, ModelUnavailable, Overloaded
+from backend.errors import CraneError, InternalError, ModelUnavailable, Overloaded
 
 logger = logging.getLogger("crane.engine")
 
@@ -172,13 +174,7 @@ class Worker:
         """Take out of the queue what nobody waits for; the caller holds the lock."""
         if not any(item.job.cancelled for item in self._queue):
             return
-        kept: deque[Item] = deque()
-        for item in self._queue:
-            if item.job.cancelled:
-                item.job.fail(_too_late())
-            else:
-                kept.append(item)
-        self._queue = kept
+        self._queue = deque(_waited_for(self._queue))
 
     def _next_batch(self) -> list[Item]:
         """Wait for work and take all that may run together; empty once closed and done."""
@@ -204,7 +200,9 @@ class Worker:
 
     def _answer(self, batch: list[Item]) -> None:
         adapter = self.adapters[batch[0].job.call.model_id]
-        for items in _of_like_size(batch, adapter.max_batch_tokens):
+        for group in _of_like_size(batch, adapter.max_batch_tokens):
+            if not (items := _waited_for(group)):
+                continue
             started = time.monotonic()
             self._use_threads(len(items))
             results = self._predict(adapter, items)
@@ -225,7 +223,10 @@ class Worker:
                     "inference": seconds * 1e3,
                 }
                 # What was broken off because nobody waited must not pass for an answer.
-                item.answer(_too_late() if item.job.cancelled else result, about)
+                if item.job.cancelled:
+                    metrics.CANCELLED.labels(item.job.call.model_id, "running").inc()
+                    result = too_late()
+                item.answer(result, about)
         self._running = []
 
     def _use_threads(self, items: int) -> None:
@@ -258,6 +259,8 @@ class Worker:
             cancelled=lambda index: items[index].job.cancelled,
             progress=progress,
         )
+        if batch.abandoned():  # while the batch failed of which this is one
+            return [too_late()] * len(items)
         try:
             if adapter.spec.id not in self._loaded:
                 adapter.load_beside(self._adapter)
@@ -267,7 +270,7 @@ class Worker:
                 raise RuntimeError(f"{len(items)} inputs gave {len(results)} outputs")
         except Exception as error:
             if batch.abandoned():  # which an adapter may say by breaking off
-                return [_too_late()] * len(items)
+                return [too_late()] * len(items)
             request_ids = [item.job.call.request_id for item in items]
             logger.exception(
                 "%s failed a batch of %d",
@@ -281,8 +284,16 @@ class Worker:
         return results
 
 
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("Nobody waited for the answer any more.")
+def _waited_for(items: Iterable[Item]) -> list[Item]:
+    """Those that somebody waits for; the others are over before they began."""
+    kept = []
+    for item in items:
+        if item.job.cancelled:
+            metrics.CANCELLED.labels(item.job.call.model_id, "queued").inc()
+            item.job.fail(too_late())
+        else:
+            kept.append(item)
+    return kept
 
 
 def _of_like_size(batch: list[Item], max_tokens: int) -> list[list[Item]]:
