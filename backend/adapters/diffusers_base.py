@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -149,17 +149,20 @@ class DiffusersAdapter(Adapter):
         own = type(self._scheduler).__name__
         return next((name for name, class_name in SCHEDULERS.items() if class_name == own), None)
 
-    def steps(self, batch: Batch, *, before: int, of: int) -> dict[str, Any]:
-        """The keywords that let a run report its steps, and end it once nobody waits.
+    def steps(
+        self, batch: Batch, places: Collection[int], *, before: int, of: int
+    ) -> dict[str, Any]:
+        """The keywords that let a run for ``places`` report its steps.
 
-        ``before`` of its ``of`` equal runs are done.
+        It ends with ``DeadlineExceeded`` once nobody waits for any of them. ``before`` of ``of``
+        equal runs are done.
         """
 
         def step(index: int) -> None:
             total = getattr(self.pipeline, "num_timesteps", None)
             total = total or len(self.pipeline.scheduler.timesteps)
             batch.progress(before * total + index + 1, of * total)
-            if batch.abandoned():
+            if not batch.waited_for(places):
                 raise too_late()
 
         def on_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class MeshMaker(DiffusersAdapter):
                     generator=torch.Generator("cpu").manual_seed(batch.seeds[place] or 0),
                     output_type="mesh",
                     **{name: options[name] for name in names if options[name] is not None},
-                    **self.steps(batch, before=place, of=len(batch)),
+                    **self.steps(batch, [place], before=place, of=len(batch)),
                 ).images
         except (DeadlineExceeded, InvalidRequest) as error:
             return error
