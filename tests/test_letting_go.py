@@ -6,9 +6,12 @@ import json
 import re
 import socket
 import time
+from multiprocessing import Pipe
 
 import pytest
 
+from backend.config import Config
+from backend.engine.client import RemoteEngine
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, write_models
 from tests.serving import Gunicorn
@@ -185,13 +188,13 @@ def test_those_who_share_a_batch_with_a_leaver_get_what_they_get_alone(server):
 def test_a_request_sent_before_the_answer_to_the_one_before_is_answered_too(server):
     caller = Caller(server)
     delays = (1500, 0, 0)
-    caller.send(
-        *(
-            {"model_id": "echo", "input": i, "options": {"delay_ms": delay}}
-            for i, delay in enumerate(delays)
-        )
+    first, *more = (
+        {"model_id": "echo", "input": i, "options": {"delay_ms": delay}}
+        for i, delay in enumerate(delays)
     )
+    caller.send(first)
     wait_until(lambda: running(server, "echo"))
+    caller.send(*more)
     [worker] = server.http_workers()
     used = sum(worker.cpu_times()[:2])
     time.sleep(1)
@@ -223,6 +226,22 @@ def test_who_leaves_while_the_model_loads_is_let_go_at_once(gunicorn, checkpoint
     # There are two places, and both are free.
     assert server.run("t5", PROMPT, options={"max_tokens": 3}, timeout_s=60)[0] == 200
     assert stopped(server, "t5") == (2, 0)
+
+
+def test_who_leaves_after_the_longest_wait_for_a_load_is_noticed_too(gunicorn):
+    server = gunicorn(CRANE_LOAD_WAIT="100ms")
+    caller = call(server, **HELD)
+    wait_until(lambda: running(server, "echo"))
+    time.sleep(0.3)
+    caller.leave()
+    wait_until(lambda: not running(server, "echo"), AT_ONCE_S)
+
+
+def test_a_wait_that_has_no_time_left_ends(tmp_path):
+    engine = RemoteEngine(Config(data_dir=tmp_path, engine_socket=tmp_path / "engine.sock"))
+    here, there = Pipe()
+    with here, there:
+        assert engine._wait((here, "call"), -1.0, None) is None
 
 
 def test_what_a_deadline_stops_is_counted_too(gunicorn):
