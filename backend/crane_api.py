@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, g
+from flask import Blueprint, Response, g, request
 
 from backend.bodies import bare, wanted_format
 from backend.engine.calls import ModelStatus
@@ -32,6 +32,7 @@ def run() -> Response | dict[str, Any]:
             body["options"],
             request_id=g.request_id,
             one_output=format_ is not None,
+            caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
         )
     g.usage = metadata["usage"]
     g.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}

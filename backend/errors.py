@@ -16,7 +16,7 @@ class CraneError(Exception):
     ``headers`` are sent besides.
     """
 
-    status: ClassVar[HTTPStatus]
+    status: ClassVar[int]
     code: ClassVar[str]
 
     def __init__(
@@ -100,6 +100,11 @@ class ConcurrencyLimitExceeded(CraneError):
     code = "CONCURRENCY_LIMIT_EXCEEDED"
 
 
+class ClientClosedRequest(CraneError):
+    status = 499  # nginx's own, for log lines: there is none in HTTP
+    code = "CLIENT_CLOSED_REQUEST"
+
+
 class QuotaUnavailable(CraneError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "QUOTA_UNAVAILABLE"
@@ -163,6 +168,7 @@ ERRORS: dict[str, type[CraneError]] = {
         UnsupportedMediaType,
         RateLimitExceeded,
         ConcurrencyLimitExceeded,
+        ClientClosedRequest,
         QuotaUnavailable,
         ModelLoading,
         ModelUnavailable,

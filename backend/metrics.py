@@ -1,7 +1,7 @@
-"""What /metrics tells, in Prometheus's format, of all HTTP workers together.
+"""What /metrics tells, in Prometheus's format, of all HTTP workers and the engine together.
 
-``gunicorn.conf.py`` names the folder that the workers share in ``PROMETHEUS_MULTIPROC_DIR``. Labels
-are names of ours only: routes, tiers, codes; never what a caller sent.
+``gunicorn.conf.py`` names the folder that they share in ``PROMETHEUS_MULTIPROC_DIR``. Labels are
+names of ours only: routes, tiers, codes, models; never what a caller sent.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ QUOTA_STORE_AWAY = Gauge(
     "crane_quota_store_away",
     "1 while an HTTP worker gets no answer from Redis.",
     multiprocess_mode="livemax",
+)
+CANCELLED = Counter(
+    "crane_cancelled",
+    "Inputs that nobody waited for any more, by where they were stopped: queued or running.",
+    ["model", "where"],
 )
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from socket import socket
 from threading import BoundedSemaphore
 from typing import Any
 
@@ -61,11 +62,13 @@ def run_model(
     *,
     request_id: str,
     one_output: bool = False,
+    caller_socket: socket | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Run a model on an input, or on each of a list of inputs; return the output and the receipt.
 
     Raises a ``CraneError`` that says what was wrong: ``NotAcceptable`` where ``one_output`` is all
-    that can be delivered and there would be several.
+    that can be delivered and there would be several; ``ClientClosedRequest`` where there is a
+    ``caller_socket``, and its other end is closed while the model runs.
     """
     started = time.perf_counter()
     spec = crane.registry.get(model_id)
@@ -91,7 +94,8 @@ def run_model(
                 seeds=seeds,
                 timeout_s=max(0.0, crane.config.request_timeout_s - reading.fetching_s),
                 keep_alive_s=keep_alive_s,
-            )
+            ),
+            caller_socket,
         )
     applied |= common(answer.applied)
     metadata = receipt(spec, answer, applied, seeds, batched=batched, request_id=request_id)

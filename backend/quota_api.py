@@ -7,6 +7,7 @@ from typing import Any
 from flask import Blueprint, Flask, Response, g, request
 
 from backend.bodies import request_body
+from backend.errors import ClientClosedRequest
 from backend.http import crane
 from backend.meter import Lease, quota_headers, units
 from backend.quota.decisions import Decision
@@ -71,12 +72,19 @@ def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:
 
 
 def settle(response: Response) -> Response:
-    """Have an answer cost what it used, and a call that got none nothing; say what is left."""
+    """Have an answer cost what it used, and a call that failed nothing; say what is left.
+
+    A call whose caller has left costs what was held for it, whether or not a model had begun: that
+    only the engine knows, and to leave must not be a way to use it for nothing.
+    """
     lease: Lease | None = g.pop("lease", None)
     if lease is None:
         return response
-    answered = response.status_code < 400
-    cost = g.spec.cost.settle(g.usage) if answered else 0
+    cost = 0
+    if response.status_code == ClientClosedRequest.status:
+        cost = lease.call.cost
+    elif response.status_code < 400:
+        cost = g.spec.cost.settle(g.usage)
     standing: Decision | None = lease.standing
     meter = crane().meter
     if cost == lease.call.cost and lease.has_room:

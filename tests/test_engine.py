@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from backend import metrics
 from backend.adapters import ADAPTERS
 from backend.adapters.base import Adapter, Prediction
 from backend.adapters.echo import Echo
 from backend.engine import worker
+from backend.engine.calls import Call
 from backend.errors import InvalidRequest, ModelUnavailable
 from backend.schemas import Boolean, Integer
 from backend.tasks import TASKS, Options
@@ -35,6 +37,7 @@ class Gate:
 
     def __init__(self):
         self.batches = []
+        self.on_batch = lambda batch: None
         self._busy = threading.Event()
         self._opened = threading.Event()
 
@@ -48,6 +51,7 @@ class Gate:
         self.batches.append(list(batch.inputs))
         self._busy.set()
         assert self._opened.wait(30)
+        self.on_batch(batch)
 
 
 @pytest.fixture
@@ -437,6 +441,88 @@ def test_work_that_is_queued_when_the_engine_closes_is_still_answered(make_app, 
         assert [answer.result().json["output"] for answer in answers] == [0, 1]
         closing.result()
     assert (refused.status_code, refused.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+
+
+# Letting go
+
+
+@pytest.fixture
+def stopped():
+    """How many inputs of a model were stopped since the test began: ``(queued, running)``."""
+
+    def count(model_id, where):
+        return metrics.CANCELLED.labels(model_id, where)._value.get()
+
+    before = {where: count("gated", where) for where in ("queued", "running")}
+    return lambda: tuple(int(count("gated", where) - before[where]) for where in before)
+
+
+def wait_until_stopped(stopped, wanted):
+    deadline = time.monotonic() + 10
+    while stopped() != wanted:
+        assert time.monotonic() < deadline, stopped()
+        time.sleep(0.002)
+
+
+def test_what_a_deadline_stops_is_counted_by_where_it_was(make_app, gated, gate, stopped):
+    app = make_app([gated()], request_timeout_s=0.3)
+    with ThreadPoolExecutor(2) as threads:
+        held = threads.submit(call, app, [1, 2])
+        gate.wait_until_busy()
+        assert call(app, [3, 4, 5]).status_code == 504
+        assert held.result().status_code == 504
+        gate.open()
+    assert call(app, "next").status_code == 200
+    assert gate.batches == [[1, 2], ["next"]]
+    wait_until_stopped(stopped, (3, 2))
+
+
+def test_the_rest_of_a_batch_that_runs_in_parts_never_starts(make_app, gated, gate, stopped):
+    class Sized(Echo):
+        def size(self, value, options):
+            return len(value)
+
+    app = make_app([gated(Sized)], request_timeout_s=0.3)
+    assert call(app, ["short", "long" * 100]).status_code == 504
+    gate.open()
+    assert call(app, "next").status_code == 200
+    assert gate.batches == [["short"], ["next"]]
+    wait_until_stopped(stopped, (1, 1))
+
+
+def test_of_a_batch_that_failed_what_nobody_waits_for_is_not_tried_again(
+    make_app, gated, gate, stopped
+):
+    class FailsTogether(Echo):
+        def predict(self, batch):
+            if len(batch) > 1:
+                raise RuntimeError
+            return super().predict(batch)
+
+    app = make_app([gated(FailsTogether)])
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(call, app, "first")
+        gate.wait_until_busy()
+        engine = app.extensions["crane"].engine
+        options = {"delay_ms": 0}
+        leaver = engine._submit(
+            Call(
+                request_id="leaver",
+                model_id="gated",
+                inputs=["leaves"],
+                options=options,
+                seeds=None,
+                timeout_s=60,
+            )
+        )
+        stays = threads.submit(call, app, "stays", options=options)
+        wait_for_queue(app, 2)
+        gate.on_batch = lambda batch: len(batch) == 2 and engine._cancel(leaver)
+        gate.open()
+        assert stays.result().json["output"] == "stays"
+        assert first.result().status_code == 200
+    assert gate.batches == [["first"], ["leaves", "stays"], ["stays"]]
+    wait_until_stopped(stopped, (0, 1))
 
 
 # Limits

@@ -249,3 +249,15 @@ def test_a_late_answer_is_nobodys(gunicorn):
         assert (slow[0], slow[1]["error"]["code"]) == (504, "TIMEOUT_ERROR")
         status, answer = server.run(input=f"quick {index}")
         assert (status, answer["output"]) == (200, f"quick {index}")
+
+
+def test_an_answer_that_comes_while_the_engine_is_asked_is_not_lost(gunicorn):
+    names = "abcdefgh"
+    server = gunicorn([ECHO | {"id": name} for name in names], CRANE_LOAD_WAIT="100ms")
+
+    def calls(name):
+        delays = [97, 98, 99, 100] * 5
+        return {server.run(name, options={"delay_ms": delay})[0] for delay in delays}
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(calls, names)) == [{200}] * 8

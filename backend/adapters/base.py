@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters import footprint
 from backend.adapters.hub import pick_device, pick_dtype
-from backend.errors import CraneError, ModelUnavailable
+from backend.errors import CraneError, DeadlineExceeded, ModelUnavailable
 from backend.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -35,7 +35,27 @@ class Batch:
 
     def abandoned(self) -> bool:
         """Whether nobody waits for any of it."""
-        return all(self.cancelled(index) for index in range(len(self)))
+        return not self.waited_for(range(len(self)))
+
+    def waited_for(self, places: Iterable[int]) -> list[int]:
+        """Those of some places that somebody still waits for."""
+        return [place for place in places if not self.cancelled(place)]
+
+    def shares(self, owners: Sequence[int], most: int) -> Iterator[list[int]]:
+        """Indices of ``owners``, ``most`` at a time, for work that takes several runs.
+
+        ``owners[i]`` is the place that part i of the work is for: once nobody waits for that, what
+        is left of its parts is left out.
+        """
+        left = list(range(len(owners)))
+        while left := [index for index in left if not self.cancelled(owners[index])]:
+            yield left[:most]
+            left = left[most:]
+
+
+def too_late() -> DeadlineExceeded:
+    """What becomes of an input that nobody waits for."""
+    return DeadlineExceeded("Nobody waited for the answer any more.")
 
 
 @dataclass(slots=True)
@@ -110,7 +130,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
-        """Answer each input, in order; an error in a place is that input's alone."""
+        """Answer each input, in order; an error in a place is that input's alone.
+
+        What nobody waits for shall keep nobody waiting; what is given for it is not looked at.
+        """
 
     def load_beside(self, loaded: Adapter) -> None:
         """Take over the weights that another entry's adapter of the same key has loaded."""

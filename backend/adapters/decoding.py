@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from backend.adapters.base import Batch
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,6 +48,20 @@ def _draw(seeds: list[int | None], device: str) -> Callable[..., torch.Tensor]:
             return scores.float() - noise.clamp_min_(least).log_()
 
     return Draw()
+
+
+def leaving(batch: Batch, places: list[int]) -> Any:
+    """A criterion that ends each row of ``generate`` once nobody waits for its place."""
+    import torch
+    from transformers import StoppingCriteria
+
+    class Leaving(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
+            beams = input_ids.shape[0] // len(places)
+            gone = [batch.cancelled(place) for place in places for _ in range(beams)]
+            return torch.tensor(gone, device=input_ids.device)
+
+    return Leaving()
 
 
 class Ending:

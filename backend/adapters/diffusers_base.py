@@ -6,17 +6,17 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backend.adapters.base import Adapter, Batch
+from backend.adapters.base import Adapter, Batch, too_late
 from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.transformers_base import quiet
-from backend.errors import DeadlineExceeded, InvalidRequest, ModelUnavailable
+from backend.errors import InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -158,18 +158,21 @@ class DiffusersAdapter(Adapter):
         own = type(self._scheduler).__name__
         return next((name for name, class_name in SCHEDULERS.items() if class_name == own), None)
 
-    def steps(self, batch: Batch, *, before: int, of: int) -> dict[str, Any]:
-        """The keywords that let a run report its steps, and end it once nobody waits.
+    def steps(
+        self, batch: Batch, places: Collection[int], *, before: int, of: int
+    ) -> dict[str, Any]:
+        """The keywords that let a run for ``places`` report its steps.
 
-        ``before`` of its ``of`` equal runs are done.
+        It ends with ``DeadlineExceeded`` once nobody waits for any of them. ``before`` of ``of``
+        equal runs are done.
         """
 
         def step(index: int) -> None:
             total = getattr(self.pipeline, "num_timesteps", None)
             total = total or len(self.pipeline.scheduler.timesteps)
             batch.progress(before * total + index + 1, of * total)
-            if batch.abandoned():
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+            if not batch.waited_for(places):
+                raise too_late()
 
         def on_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             step(index)

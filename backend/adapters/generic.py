@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.generic_calls import CALLS
 from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
@@ -95,7 +95,7 @@ class GenericPipeline(Adapter):
 
     def _stop_if_cancelled(self, *_: Any) -> None:
         if self._cancelled():
-            raise DeadlineExceeded("Nobody waited for the answer any more.")
+            raise too_late()
 
 
 def _missing(packages: tuple[str, ...]) -> str:

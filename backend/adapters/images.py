@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.prompts import PromptedAdapter
-from backend.errors import CraneError, InvalidRequest
+from backend.errors import CraneError, DeadlineExceeded, InvalidRequest
 from backend.tasks.base import MAX_SEED
 
 # Options that go to the pipeline by their own names. One that it does not know is refused.
@@ -58,11 +58,17 @@ class ImageGenerator(PromptedAdapter):
         made: dict[int, list[np.ndarray]] = defaultdict(list)
         flagged: set[int] = set()
         runs = list(self._runs(pictures))
-        for number, run in enumerate(runs):
-            output = self.pipeline(
-                **self._arguments(run, batch.options),
-                **self.steps(batch, before=number, of=len(runs)),
-            )
+        for number, planned in enumerate(runs):
+            places = batch.waited_for(picture.place for picture in planned)
+            if not (run := [picture for picture in planned if picture.place in places]):
+                continue
+            try:
+                output = self.pipeline(
+                    **self._arguments(run, batch.options),
+                    **self.steps(batch, places, before=number, of=len(runs)),
+                )
+            except DeadlineExceeded:
+                continue
             flags = getattr(output, "nsfw_content_detected", None) or [False] * len(run)
             for picture, image, flag in zip(run, output.images, flags, strict=True):
                 made[picture.place].append(np.asarray(image))
@@ -74,7 +80,7 @@ class ImageGenerator(PromptedAdapter):
                 {"flagged": True} if place in flagged else {},
                 self._applied(images[0], batch.options),
             )
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse what this pipeline cannot be asked; raises ``InvalidRequest``."""

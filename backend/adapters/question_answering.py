@@ -43,7 +43,7 @@ class QuestionAnswerer(TransformersAdapter):
             contexts = [
                 [which == 1 for which in features.sequence_ids(row)] for row in range(len(owners))
             ]
-            starts, ends = self._logits(features)
+            starts, ends = self._logits(features, batch, owners)
             for index in run:
                 rows = [row for row, owner in enumerate(owners) if owner == index]
                 inside = torch.tensor([contexts[row] for row in rows])
@@ -64,18 +64,21 @@ class QuestionAnswerer(TransformersAdapter):
                 results[index] = Prediction(answer, {"input_tokens": used})
         return [results[index] for index in range(len(batch))]
 
-    def _logits(self, features: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(
+        self, features: Any, batch: Batch, owners: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each window; what its owner has left before is zeros."""
         import torch
 
-        starts, ends = [], []
-        step = self.spec.max_batch_size  # one long context may have hundreds of windows
-        for at in range(0, len(features["input_ids"]), step):
-            some = {name: value[at : at + step].to(self.device) for name, value in features.items()}
+        starts, ends = torch.zeros(2, *features["input_ids"].shape)
+        # One long context may have hundreds of windows.
+        for rows in batch.shares(owners, self.spec.max_batch_size):
+            some = {name: value[rows].to(self.device) for name, value in features.items()}
             with torch.inference_mode():
                 output = self.model(**some)
-            starts.append(output.start_logits.float().cpu())
-            ends.append(output.end_logits.float().cpu())
-        return torch.cat(starts), torch.cat(ends)
+            starts[rows] = output.start_logits.float().cpu()
+            ends[rows] = output.end_logits.float().cpu()
+        return starts, ends
 
     def _features(self, inputs: list[Any]) -> Any:
         windowed: dict[str, Any] = {"truncation": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.recognition_ctc import CtcListener
@@ -28,7 +28,7 @@ class Listener(Protocol):
     def listen(
         self, sounds: Mapping[int, Any], batch: Batch
     ) -> Mapping[int, Prediction | CraneError]:
-        """Write down each sound, its samples by its place in the batch."""
+        """Write down each sound that is waited for, its samples by its place in the batch."""
 
 
 class SpeechRecognizer(Adapter):
@@ -86,7 +86,7 @@ class SpeechRecognizer(Adapter):
             else:
                 sounds[place] = value["samples"]
         results |= self._listener.listen(sounds, batch) if sounds else {}
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
     def size(self, value: Any, options: Mapping[str, Any]) -> int:
         # A window of 30 s is 1,500 tokens to Whisper's encoder, and to CTC likewise.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from backend.adapters.base import Batch, Prediction
-from backend.errors import CraneError, DeadlineExceeded
+from backend.errors import CraneError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,23 +70,26 @@ class CtcListener:
         chunks = [
             (place, Chunk(chunk[self._name], chunk["stride"]))
             for place, samples in sounds.items()
+            if not batch.cancelled(place)
             for chunk in self._pipeline.preprocess(samples, chunk_length_s=CHUNK_S)
         ]
         ratio = 1 / self._model.config.inputs_to_logits_ratio
         heard: dict[int, list[dict[str, Any]]] = {place: [] for place in sounds}
         done = 0
-        for run in self._runs([chunk.values.shape[1] for _, chunk in chunks]):
-            if batch.abandoned():
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+        for planned in self._runs([chunk.values.shape[1] for _, chunk in chunks]):
+            run = [index for index in planned if not batch.cancelled(chunks[index][0])]
+            if not run:
+                continue
             batch.progress(done, len(chunks))
             for index, letters in zip(run, self._letters([chunks[i][1] for i in run]), strict=True):
                 place, chunk = chunks[index]
                 [stride] = rescale_stride([chunk.stride], ratio)
                 heard[place].append({"at": index, "tokens": letters, "stride": stride})
-            done += len(run)
+            done += len(planned)
         return {
             place: self._prediction(sounds[place], parts, batch.options)
             for place, parts in heard.items()
+            if not batch.cancelled(place)
         }
 
     def _runs(self, lengths: list[int]) -> list[list[int]]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
+from backend.adapters.decoding import leaving
 from backend.adapters.recognition_text import Sound, Writer
-from backend.errors import CraneError, DeadlineExceeded, did_you_mean
+from backend.errors import CraneError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +85,11 @@ class WhisperListener:
     def listen(
         self, sounds: Mapping[int, np.ndarray], batch: Batch
     ) -> Mapping[int, Prediction | CraneError]:
-        heard = [self._sound(place, samples) for place, samples in sounds.items()]
+        heard = [
+            self._sound(place, samples)
+            for place, samples in sounds.items()
+            if not batch.cancelled(place)
+        ]
         times = batch.options["return_timestamps"]
         if times == "words":
             # One by one: in a batch the library aligns a row's padding with it.
@@ -106,8 +111,6 @@ class WhisperListener:
     def _read(self, sounds: list[Sound], batch: Batch, *, timed: bool) -> None:
         """Read each sound to its end, a window of each at a time."""
         while True:
-            if batch.abandoned():
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
             left = [
                 sound
                 for sound in sounds
@@ -145,7 +148,7 @@ class WhisperListener:
                 return_timestamps=timed,
                 return_segments=True,
                 force_unique_generate_call=True,
-                stopping_criteria=[_leaving(batch, [sound.place for sound in sounds])],
+                stopping_criteria=[leaving(batch, [sound.place for sound in sounds])],
                 **how,
             )["segments"]
         return segments
@@ -224,7 +227,7 @@ class WhisperListener:
 
     def _prediction(self, sound: Sound, batch: Batch) -> Prediction | CraneError:
         if batch.cancelled(sound.place):
-            return DeadlineExceeded("Nobody waited for the answer any more.")
+            return too_late()
         output = self._writer.output(sound, batch.options["return_timestamps"])
         usage = {"audio_seconds": round(sound.seconds, 3), "output_tokens": sound.written}
         facts = {"finish_reason": "length" if sound.cut else "stop"}
@@ -240,17 +243,3 @@ class WhisperListener:
             yield
         finally:
             config._attn_implementation = before
-
-
-def _leaving(batch: Batch, places: list[int]) -> Any:
-    """What ``generate`` asks after each token: who is not waited for any more."""
-    import torch
-    from transformers import StoppingCriteria
-
-    class Leaving(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
-        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
-            beams = input_ids.shape[0] // len(places)
-            gone = [batch.cancelled(place) for place in places for _ in range(beams)]
-            return torch.tensor(gone, device=input_ids.device)
-
-    return Leaving()

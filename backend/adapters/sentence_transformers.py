@@ -107,14 +107,17 @@ class Reranker(SentenceTransformersAdapter):
         return sum(super(Reranker, self).size(text, options) for text in value["documents"])
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
-        pairs = [
-            [value["query"], document] for value in batch.inputs for document in value["documents"]
+        asked = [
+            (place, [value["query"], document])
+            for place, value in enumerate(batch.inputs)
+            for document in value["documents"]
         ]
+        owners, pairs = [place for place, _ in asked], [pair for _, pair in asked]
         # Pairs of like length run together, whoever asked; at most as many as an entry allows.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         scores, tokens, cut = [0.0] * len(pairs), [0] * len(pairs), dict[int, int]()
-        step = self.spec.max_batch_size
-        for indices in (order[i : i + step] for i in range(0, len(order), step)):
+        for share in batch.shares([owners[i] for i in order], self.spec.max_batch_size):
+            indices = [order[i] for i in share]
             some = [pairs[i] for i in indices]
             outputs, counts = self.forward(some)
             values = self._activate(outputs["scores"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.own_draws import own_draws
 from backend.adapters.sound_models import Bark, MusicGen, Prompt, SoundModel, SpeechT5, Vits
@@ -129,7 +129,7 @@ class SoundMaker(Adapter):
             nonlocal steps
             steps += 1
             if all(batch.cancelled(place) for place in run):
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+                raise too_late()
             if self.model.batches:
                 total = self.model.steps(batch.options)
                 batch.progress(min(steps, total), total)

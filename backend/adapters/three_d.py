@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.diffusers_base import DiffusersAdapter
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
@@ -67,7 +67,7 @@ class MeshMaker(DiffusersAdapter):
                     generator=torch.Generator("cpu").manual_seed(batch.seeds[place] or 0),
                     output_type="mesh",
                     **{name: options[name] for name in names if options[name] is not None},
-                    **self.steps(batch, before=place, of=len(batch)),
+                    **self.steps(batch, [place], before=place, of=len(batch)),
                 ).images
         except (DeadlineExceeded, InvalidRequest) as error:
             return error
@@ -90,7 +90,7 @@ class MeshMaker(DiffusersAdapter):
 
         def stop_if_cancelled(*_: Any) -> None:
             if batch.cancelled(place):
-                raise DeadlineExceeded("Nobody waited for the answer any more.")
+                raise too_late()
 
         def refuse_nothing(_: Any, __: Any, mesh: Any) -> None:
             # The renderer itself stumbles over a mesh without vertices.

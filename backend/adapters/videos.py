@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.film_shapes import PASSED, Shape, ShapedAdapter
 from backend.adapters.prompts import NOT_ASKED
-from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -85,13 +85,19 @@ class VideoGenerator(ShapedAdapter):
             except InvalidRequest as error:
                 results[place] = error
         runs = list(self._runs(films))
-        for number, run in enumerate(runs):
+        for number, planned in enumerate(runs):
+            places = batch.waited_for(film.place for film in planned)
+            if not (run := [film for film in planned if film.place in places]):
+                continue
             self.use_scheduler(None)
-            with self._draws_of(run):
-                output = self.pipeline(
-                    **self._arguments(run, shape, batch.options),
-                    **self.steps(batch, before=number, of=len(runs)),
-                )
+            try:
+                with self._draws_of(run):
+                    output = self.pipeline(
+                        **self._arguments(run, shape, batch.options),
+                        **self.steps(batch, places, before=number, of=len(runs)),
+                    )
+            except DeadlineExceeded:
+                continue
             for film, images in zip(run, output.frames, strict=True):
                 frames = np.stack([np.asarray(image) for image in images])
                 results[film.place] = Prediction(
@@ -99,7 +105,7 @@ class VideoGenerator(ShapedAdapter):
                     {"video_frames": len(frames)},
                     applied=self._applied(frames, shape, batch.options),
                 )
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
     def _film(self, place: int, value: dict[str, Any], batch: Batch) -> Film:
         """What to make of an input; raises ``InvalidRequest``."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.transformers_base import quiet
@@ -72,7 +72,9 @@ class PictureModel(Adapter):
                 features[place] = process(self.processor, as_picture(pixels, "input"), "input")
             except InvalidRequest as error:
                 results[place] = error
-        for places in of_one_shape(features):
+        for group in of_one_shape(features):
+            if not (places := batch.waited_for(group)):
+                continue
             inputs = stack([features[place] for place in places], self.model)
             with torch.inference_mode():
                 outputs = self.model(**inputs)
@@ -82,7 +84,7 @@ class PictureModel(Adapter):
                     prediction = self.answer(mine, size, {**batch.options, **applied})
                     prediction.applied = applied
                     results[place] = prediction
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
     def applied(self, options: dict[str, Any]) -> dict[str, Any]:
         """What options that were left open come to; ``InvalidRequest`` for one that cannot be."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.vision_base import as_picture, of_one_shape, stack
 from backend.adapters.vision_text import PICTURE_TOKENS, PictureWriter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -56,7 +56,9 @@ class PictureChat(PictureWriter):
             place: {name: one for name, one in mine.items() if name not in texts[place]}
             for place, mine in features.items()
         }
-        for places in of_one_shape(seen):
+        for group in of_one_shape(seen):
+            if not (places := batch.waited_for(group)):
+                continue
             prompts = [texts[place]["input_ids"].shape[1] for place in places]
             most = batch.options["max_tokens"]
             inputs = stack([seen[place] for place in places], self.model)
@@ -74,7 +76,7 @@ class PictureChat(PictureWriter):
                 images = len(_pictures(batch.inputs[place]["messages"]))
                 prediction.usage = {**prediction.usage, "images": images}
                 results[place] = prediction
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
     def _features(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """What the model reads of one conversation; raises ``InvalidRequest``."""

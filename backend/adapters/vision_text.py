@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.generation import Generator
 from backend.adapters.vision_base import as_picture, of_one_shape, process, stack
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -69,7 +69,9 @@ class Captioner(PictureWriter):
         most = batch.options["max_tokens"]
         if self._positions is not None:
             most = min(most, self._positions - 1)  # the start's token takes one
-        for places in of_one_shape(features):
+        for group in of_one_shape(features):
+            if not (places := batch.waited_for(group)):
+                continue
             written = self.write(
                 stack([features[place] for place in places], self.model),
                 places,
@@ -81,7 +83,7 @@ class Captioner(PictureWriter):
             for place, prediction in zip(places, written, strict=True):
                 prediction.usage = {**prediction.usage, "images": 1}
                 results[place] = prediction
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
 
 def end_of_blip(model: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.base import Batch, Prediction
+from backend.adapters.decoding import leaving
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
 from backend.adapters.vision_text import end_of_blip
@@ -56,9 +57,14 @@ class VisualQuestionAnswerer(TransformersAdapter):
                 results[place] = error
             else:
                 features[place] = {**text, **seen}
-        for places in of_one_shape(features):
+        for group in of_one_shape(features):
+            if not (places := batch.waited_for(group)):
+                continue
             inputs = stack([features[place] for place in places], self.model)
-            answers = (self._write if self._writes else self._choose)(inputs, len(places), most)
+            if self._writes:
+                answers = self._write(inputs, batch, places, most)
+            else:
+                answers = self._choose(inputs, len(places), most)
             for place, (answer, usage) in zip(places, answers, strict=True):
                 prediction = results[place]
                 assert isinstance(prediction, Prediction)
@@ -98,12 +104,17 @@ class VisualQuestionAnswerer(TransformersAdapter):
         return answers
 
     def _write(
-        self, inputs: dict[str, Any], rows: int, most: int
+        self, inputs: dict[str, Any], batch: Batch, places: list[int], most: int
     ) -> list[tuple[list[dict[str, Any]], dict[str, int]]]:
         import torch
 
         with torch.inference_mode():
-            output = self.model.generate(**inputs, max_new_tokens=most, do_sample=False)
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=most,
+                do_sample=False,
+                stopping_criteria=[leaving(batch, places)],
+            )
         end, answers = self.model.generation_config.eos_token_id, []
         for row in output[:, 1:].tolist():
             ids = row[: row.index(end) + 1] if end in row else row

@@ -37,7 +37,8 @@ class ZeroShotClassifier(TransformersAdapter):
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         results: list[Prediction | CraneError] = []
         pairs: list[tuple[str, str]] = []
-        for value in batch.inputs:
+        owners: list[int] = []
+        for place, value in enumerate(batch.inputs):
             # Not str.format, which would follow a template's {0.__class__} into our objects.
             template = batch.options["hypothesis_template"]
             hypotheses = [template.replace("{}", label) for label in value["labels"]]
@@ -45,9 +46,10 @@ class ZeroShotClassifier(TransformersAdapter):
             results.append(result)
             if isinstance(result, Prediction):
                 pairs += [(value["text"], hypothesis) for hypothesis in hypotheses]
+                owners += [place] * len(hypotheses)
         if not pairs:
             return results
-        logits, start = self._logits(pairs), 0
+        logits, start = self._logits(pairs, batch, owners), 0
         for value, result in zip(batch.inputs, results, strict=True):
             if isinstance(result, Prediction):
                 span = slice(start, start := start + len(value["labels"]))
@@ -77,21 +79,21 @@ class ZeroShotClassifier(TransformersAdapter):
         used = sum(min(count, self.window) for count in tokens)
         return Prediction(None, {"input_tokens": used}, {"truncated": True})
 
-    def _logits(self, pairs: list[tuple[str, str]]) -> Any:
+    def _logits(self, pairs: list[tuple[str, str]], batch: Batch, owners: list[int]) -> Any:
+        """Of each pair; what its owner has left before is zeros."""
         import torch
 
-        rows = []
-        step = self.spec.max_batch_size
-        for some in (pairs[start : start + step] for start in range(0, len(pairs), step)):
+        logits = torch.zeros(len(pairs), self.model.config.num_labels)
+        for rows in batch.shares(owners, self.spec.max_batch_size):
             features = self.tokenizer(
-                *map(list, zip(*some, strict=True)),
+                *map(list, zip(*(pairs[row] for row in rows), strict=True)),
                 padding=True,
                 truncation="only_first" if self.window else False,
                 return_tensors="pt",
             ).to(self.device)
             with torch.inference_mode():
-                rows.append(self.model(**features).logits.float())
-        return torch.cat(rows)
+                logits[rows] = self.model(**features).logits.float().cpu()
+        return logits
 
     def _scores(self, logits: Any, multi_label: bool) -> list[float]:
         if multi_label or len(logits) == 1:

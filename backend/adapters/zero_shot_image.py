@@ -61,7 +61,9 @@ class ZeroShotImageClassifier(TransformersAdapter):
                 results[place] = error
             else:
                 results[place], sentences[place] = result, texts
-        for places in self._runs(features, sentences):
+        for group in self._runs(features, sentences):
+            if not (places := batch.waited_for(group)):
+                continue
             scores = self._scores(
                 [features[place] for place in places], [sentences[place] for place in places]
             )

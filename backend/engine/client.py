@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import select
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from multiprocessing.connection import Client as connect_to
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +19,14 @@ from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Job, ModelStatus, State
 from backend.engine.engine import Engine
-from backend.errors import CraneError, DeadlineExceeded, ModelLoading, ModelUnavailable, OutOfMemory
+from backend.errors import (
+    ClientClosedRequest,
+    CraneError,
+    DeadlineExceeded,
+    ModelLoading,
+    ModelUnavailable,
+    OutOfMemory,
+)
 from backend.registry import Registry
 
 LOOK_S = 0.05  # between looks at a model that loads or unloads
@@ -25,6 +34,10 @@ ENGINE_START_S = (
     5.0  # a restarted engine listens after about half a second; loaded hosts are slower
 )
 STATUS_TIMEOUT_S = 2.0
+# What poll tells of a socket whose other end is closed, or writes no more. The bytes of a next
+# request do not count: they wake nobody. Only Linux has a word for it alone.
+HUNG_UP: int = getattr(select, "POLLRDHUP", select.POLLHUP)
+LOOK_EVERY_S = 0.25  # at the caller's socket, where an answer is no file that can be polled too
 
 
 class EngineClient(ABC):
@@ -33,19 +46,24 @@ class EngineClient(ABC):
     def __init__(self, config: Config) -> None:
         self._load_wait_s = config.load_wait_s
 
-    def run(self, call: Call) -> Answer:
+    def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
         """Return the answer, or raise the error that the caller shall see.
 
         ``DeadlineExceeded`` after ``call.timeout_s``; ``ModelLoading`` where the model is still
-        loading after ``CRANE_LOAD_WAIT``. Whoever stops waiting frees the call's place.
+        loading after ``CRANE_LOAD_WAIT``; ``ClientClosedRequest`` once the other end of
+        ``caller_socket`` is closed. Whoever stops waiting frees the call's place.
+
+        A caller that has closed only its sending half, as ``nc -N`` does, counts as gone, as it
+        does for nginx: it looks the same as one that has closed both.
         """
         deadline = time.monotonic() + call.timeout_s
         ticket = self._submit(call)
         try:
-            answer = self._wait(ticket, min(self._load_wait_s, call.timeout_s))
+            wait_s = min(self._load_wait_s, call.timeout_s)
+            answer = self._wait(ticket, wait_s, caller_socket)
             if answer is None:
                 self._refuse_while_loading(call.model_id, call.timeout_s)
-                answer = self._wait(ticket, deadline - time.monotonic())
+                answer = self._wait(ticket, deadline - time.monotonic(), caller_socket)
         except BaseException:
             self._cancel(ticket)
             raise
@@ -131,8 +149,10 @@ class EngineClient(ABC):
         """Hand a call over; return what ``_wait`` and ``_cancel`` know it by."""
 
     @abstractmethod
-    def _wait(self, ticket: Any, timeout_s: float) -> Answer | CraneError | None:
-        """Wait for a call's answer; None when the time is up."""
+    def _wait(
+        self, ticket: Any, timeout_s: float, caller_socket: socket.socket | None
+    ) -> Answer | CraneError | None:
+        """Wait for a call's answer; None when the time is up. Raises ``ClientClosedRequest``."""
 
     @abstractmethod
     def _cancel(self, ticket: Any) -> None:
@@ -172,12 +192,19 @@ class InlineEngine(EngineClient):
         return self._engine.submit(call, answers.put), answers
 
     def _wait(
-        self, ticket: tuple[Job, SimpleQueue[Answer | CraneError]], timeout_s: float
+        self,
+        ticket: tuple[Job, SimpleQueue[Answer | CraneError]],
+        timeout_s: float,
+        caller_socket: socket.socket | None,
     ) -> Answer | CraneError | None:
-        try:
-            return ticket[1].get(timeout=max(0.0, timeout_s))
-        except Empty:
-            return None
+        until = time.monotonic() + timeout_s
+        most_s = math.inf if caller_socket is None else LOOK_EVERY_S
+        while (left_s := until - time.monotonic()) > 0:
+            with suppress(Empty):
+                return ticket[1].get(timeout=min(left_s, most_s))
+            if caller_socket is not None and _has_hung_up(caller_socket):
+                raise _caller_gone()
+        return None
 
     def _cancel(self, ticket: tuple[Job, SimpleQueue[Answer | CraneError]]) -> None:
         ticket[0].cancel()
@@ -207,14 +234,16 @@ class RemoteEngine(EngineClient):
             raise answer
 
     def _ask(self, message: list[str] | None) -> bytes:
-        """What the engine says at once, whatever its models do."""
-        connection = self._send(message)
-        data = None
-        try:
+        """What the engine says at once, whatever its models do.
+
+        On a connection of its own, for this thread's may have a call on it.
+        """
+        with self._reach() as connection:
+            try:
+                connection.send_bytes(wire.pack(message))
+            except OSError:
+                raise _engine_gone() from None
             data = self._receive(connection, STATUS_TIMEOUT_S)
-        finally:
-            if data is None:
-                self._hang_up(connection)
         if data is None:
             raise ModelUnavailable("The engine is too busy to say how it is.", retry_after_s=1)
         return data
@@ -223,19 +252,24 @@ class RemoteEngine(EngineClient):
         """Nothing to do: the engine is its supervisor's to end."""
 
     def _submit(self, call: Call) -> tuple[Connection, str]:
-        return self._send(call.to_wire()), call.request_id
+        return self._send(call), call.request_id
 
-    def _wait(self, ticket: tuple[Connection, str], timeout_s: float) -> Answer | CraneError | None:
+    def _wait(
+        self,
+        ticket: tuple[Connection, str],
+        timeout_s: float,
+        caller_socket: socket.socket | None,
+    ) -> Answer | CraneError | None:
         connection, call_id = ticket
-        data = self._receive(connection, timeout_s)
+        data = self._receive(connection, timeout_s, caller_socket)
         return None if data is None else wire.unpack_answer(call_id, data)
 
     def _cancel(self, ticket: tuple[Connection, str]) -> None:
         self._hang_up(ticket[0])
 
-    def _send(self, message: Any) -> Connection:
+    def _send(self, call: Call) -> Connection:
         """Send on this thread's connection, or on a new one where its engine has ended."""
-        data = wire.pack(message)
+        data = wire.pack(call.to_wire())
         connection: Connection | None = getattr(self._local, "connection", None)
         if connection is not None:
             try:
@@ -252,9 +286,24 @@ class RemoteEngine(EngineClient):
             raise _engine_gone() from None
         return connection
 
-    def _receive(self, connection: Connection, timeout_s: float) -> bytes | None:
+    def _receive(
+        self,
+        connection: Connection,
+        timeout_s: float,
+        caller_socket: socket.socket | None = None,
+    ) -> bytes | None:
+        # As ``Connection.poll``, which builds a selector each time and takes 20 µs more.
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        if caller_socket is not None:
+            poll.register(caller_socket, HUNG_UP)
+        ready = poll.poll(max(0, math.ceil(timeout_s * 1e3)))  # below 0 is for ever
+        if not ready:
+            return None
+        if all(fd != connection.fileno() for fd, _ in ready):
+            raise _caller_gone()
         try:
-            return connection.recv_bytes() if _readable(connection, timeout_s) else None
+            return connection.recv_bytes()
         except (EOFError, OSError):
             raise _engine_gone() from None
 
@@ -274,11 +323,17 @@ class RemoteEngine(EngineClient):
             time.sleep(0.02)
 
 
-def _readable(connection: Connection, timeout_s: float) -> bool:
-    """As ``Connection.poll``, which builds a selector each time and takes 20 µs more."""
+def _has_hung_up(caller_socket: socket.socket) -> bool:
     poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(math.ceil(timeout_s * 1e3)))
+    poll.register(caller_socket, HUNG_UP)
+    return bool(poll.poll(0))
+
+
+def _caller_gone() -> ClientClosedRequest:
+    return ClientClosedRequest(
+        "The connection, or its sending half, was closed before there was an answer. "
+        "Keep both halves open until it is there."
+    )
 
 
 def _engine_gone() -> ModelUnavailable:

@@ -8,19 +8,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from enum import Enum, auto
 from typing import Any
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend import metrics
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory, let_go
 from backend.engine.residency import Residency
 from backend.errors import (
     CraneError,
-    DeadlineExceeded,
     InternalError,
     ModelUnavailable,
     OutOfMemory,
@@ -401,13 +401,7 @@ class Worker:
         """Take out of the queue what nobody waits for; the caller holds the lock."""
         if not any(item.job.cancelled for item in self._queue):
             return
-        kept: deque[Item] = deque()
-        for item in self._queue:
-            if item.job.cancelled:
-                item.job.fail(_too_late())
-            else:
-                kept.append(item)
-        self._queue = kept
+        self._queue = deque(_waited_for(self._queue))
 
     def _next_batch(self) -> list[Item]:
         """Wait for work and take all that may run together; empty once closed and done."""
@@ -441,30 +435,42 @@ class Worker:
     def _answer(self, batch: list[Item]) -> None:
         adapter = self.adapters[batch[0].job.call.model_id]
         groups = _of_like_size(batch, adapter.max_batch_tokens)
-        for items in groups:
-            started = time.monotonic()
-            self._use_threads(len(items))
-            results = self._predict(adapter, items)
-            seconds = time.monotonic() - started
-            self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
+        for group in groups:
+            answers = self._run_group(adapter, _waited_for(group))
+            if group is groups[-1]:  # whoever is answered finds the model free
+                self._rest(batch)
             about: dict[str, Any] = {
                 "revision": adapter.revision,
                 "device": adapter.device,
                 "dtype": adapter.dtype,
             }
-            if items is groups[-1]:  # whoever is answered finds the model free
-                self._rest(batch)
-            for item, result in zip(items, results, strict=True):
-                queued_at = item.job.queued_at
-                load = max(0.0, self._ready_at - queued_at)
-                item.batch_size = len(items)
-                item.timings_ms = {
-                    "queue": max(0.0, started - queued_at - load) * 1e3,
-                    "load": load * 1e3,
-                    "inference": seconds * 1e3,
-                }
-                # What was broken off because nobody waited must not pass for an answer.
-                item.answer(_too_late() if item.job.cancelled else result, about)
+            for item, result in answers:
+                item.answer(result, about)
+
+    def _run_group(
+        self, adapter: Adapter, items: list[Item]
+    ) -> list[tuple[Item, Prediction | CraneError]]:
+        if not items:
+            return []
+        started = time.monotonic()
+        self._use_threads(len(items))
+        results = self._predict(adapter, items)
+        seconds = time.monotonic() - started
+        self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
+        for place, item in enumerate(items):
+            queued_at = item.job.queued_at
+            load = max(0.0, self._ready_at - queued_at)
+            item.batch_size = len(items)
+            item.timings_ms = {
+                "queue": max(0.0, started - queued_at - load) * 1e3,
+                "load": load * 1e3,
+                "inference": seconds * 1e3,
+            }
+            # What was broken off because nobody waited must not pass for an answer.
+            if item.job.cancelled:
+                metrics.CANCELLED.labels(item.job.call.model_id, "running").inc()
+                results[place] = too_late()
+        return list(zip(items, results, strict=True))
 
     def _rest(self, batch: list[Item]) -> None:
         """Be done with a batch, but for its answers."""
@@ -513,6 +519,8 @@ class Worker:
             cancelled=lambda index: items[index].job.cancelled,
             progress=progress,
         )
+        if batch.abandoned():  # while the batch failed of which this is one
+            return [too_late()] * len(items)
         try:
             if adapter.spec.id not in self._loaded:
                 adapter.load_beside(self._adapter)
@@ -522,7 +530,7 @@ class Worker:
                 raise RuntimeError(f"{len(items)} inputs gave {len(results)} outputs")
         except Exception as error:
             if batch.abandoned():  # which an adapter may say by breaking off
-                return [_too_late()] * len(items)
+                return [too_late()] * len(items)
             if is_broken_device(error):
                 raise DeviceBroken from error
             if not is_out_of_memory(error):
@@ -561,8 +569,16 @@ class Worker:
         ]
 
 
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("Nobody waited for the answer any more.")
+def _waited_for(items: Iterable[Item]) -> list[Item]:
+    """Those that somebody waits for; the others are over before they began."""
+    kept = []
+    for item in items:
+        if item.job.cancelled:
+            metrics.CANCELLED.labels(item.job.call.model_id, "queued").inc()
+            item.job.fail(too_late())
+        else:
+            kept.append(item)
+    return kept
 
 
 def _of_like_size(batch: list[Item], max_tokens: int) -> list[list[Item]]:
