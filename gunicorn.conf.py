@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from gunicorn import glogging
 from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
+from backend.cores import allowed, stay_on
 from backend.logs import logging_config
 from backend.private import private_folder
 from backend.registry import Registry
@@ -161,7 +163,21 @@ def first_key():
     return done.stdout.strip()
 
 
+def pre_fork(server, worker):
+    """Give each HTTP worker a core of its own, as far as there are so many.
+
+    Another service on this host begins with another core, most likely.
+    """
+    cores = sorted(allowed())
+    begin = os.getpid() % max(1, len(cores))
+    taken = Counter(getattr(other, "core", None) for other in server.WORKERS.values())
+    worker.core = min(cores[begin:] + cores[:begin], key=lambda core: taken[core], default=None)
+
+
 def post_fork(server, worker):
+    # Models in the worker itself need all cores.
+    if worker.core is not None and settings.engine == "process":
+        stay_on(worker.core)
     # The lifeline is the master's alone: a worker that outlives it must not hold it open.
     if _supervisor is not None:
         os.close(_supervisor.stdin.fileno())

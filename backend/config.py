@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from backend.cores import allowed
 from backend.errors import did_you_mean
 from backend.media.fetch import media_hosts
 from backend.quota.tiers import DEFAULT_TIERS, Tier, tiers
@@ -149,9 +150,7 @@ def _is_loopback(host: str) -> bool:
 
 def cores() -> int:
     """The cores this process may use, which ``taskset`` or a container may have made fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(allowed()) or os.cpu_count() or 1
 
 
 def _default_workers() -> int:

@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up: a module imports from its own layer and from those above it in this table.
 LAYERS = [
-    ["backend.errors", "backend.logs", "backend.media", "backend.metrics", "backend.private"],
+    [
+        "backend.cores",
+        "backend.errors",
+        "backend.logs",
+        "backend.media",
+        "backend.metrics",
+        "backend.private",
+    ],
     ["backend.media.fetch", "backend.quota.tiers"],
     ["backend.quota", "backend.quota.costs", "backend.quota.decisions"],
     ["backend.quota.redis", "backend.quota.sqlite"],

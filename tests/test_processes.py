@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -11,12 +12,18 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from backend import cores
+from backend.media import audio, images, video
 from tests.conftest import ECHO
+from tests.pictures import base64_of, picture
+
+CORES = cores.allowed()
 
 MINILM = {
     "id": "embedder",
@@ -261,3 +268,55 @@ def test_an_answer_that_comes_while_the_engine_is_asked_is_not_lost(gunicorn):
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(calls, names)) == [{200}] * 8
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_each_http_worker_keeps_to_a_core_and_the_engine_has_all(gunicorn):
+    server = gunicorn(CRANE_WORKERS=2)
+
+    def cores():
+        return sorted(core for one in server.http_workers() for core in one.cpu_affinity())
+
+    first, second = cores()
+    assert first != second
+    assert set(server.engine().cpu_affinity()) == CORES
+    server.http_workers()[0].kill()
+    deadline = time.monotonic() + 10
+    while cores() != [first, second]:  # another one takes the core that is free now
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_worker_with_the_models_in_it_has_all_cores(gunicorn):
+    [worker] = gunicorn(CRANE_ENGINE="inline").http_workers()
+    assert set(worker.cpu_affinity()) == CORES
+
+
+def test_media_are_read_on_all_cores_and_the_thread_returns_to_its_own(monkeypatch):
+    monkeypatch.setattr(cores, "_all", None)
+    seen = []
+
+    def read():
+        cores.stay_on(min(CORES))
+        data = base64.b64decode(base64_of(picture(4, 4)))
+        for fails in (False, True):
+
+            def claim(pixels, fails=fails):
+                seen.append(os.sched_getaffinity(0))
+                assert not fails
+
+            with suppress(AssertionError):
+                images.decode_image(data, mode="RGB", mime_type=None, claim=claim)
+            seen.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=read)  # whose affinity ends with it
+    thread.start()
+    thread.join()
+    assert seen == [CORES, {min(CORES)}] * 2
+
+
+@pytest.mark.parametrize("module", [images, audio, video])
+@pytest.mark.parametrize("what", ["decode", "encode"])
+def test_whatever_is_decoded_or_encoded_has_all_cores(module, what):
+    name = module.__name__.rpartition(".")[2].removesuffix("s")
+    assert getattr(module, f"{what}_{name}").__wrapped__

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backend.cores import all_cores
 from backend.errors import CraneError
 from backend.media import Refused
 from backend.media.parts import Media
@@ -44,6 +45,7 @@ _WRITE: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
+@all_cores()
 def decode_audio(
     data: bytes, *, rate: int | None, mime_type: str | None, claim: Callable[[int, int], None]
 ) -> dict[str, Any]:
@@ -177,6 +179,7 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     return np.concatenate([part.to_ndarray()[0] for part in [*parts, *resampler.resample(None)]])
 
 
+@all_cores()
 def encode_audio(samples: np.ndarray, rate: int, format_: str) -> Media:
     """Write float32 samples, ``(n,)`` or stereo ``(n, 2)``, as ``wav``, ``flac``, ``mp3``, ``ogg``.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backend.cores import all_cores
 from backend.media import Refused
 from backend.media.parts import Media
 
@@ -38,6 +39,7 @@ _WRITE: dict[str, dict[str, Any]] = {
 }
 
 
+@all_cores()
 def decode_image(
     data: bytes, *, mode: str, mime_type: str | None, claim: Callable[[int], None]
 ) -> np.ndarray:
@@ -89,6 +91,7 @@ def _pixels_of(image: Image, mode: str) -> np.ndarray:
     return grey if mode == "L" else np.repeat(grey[:, :, None], 3, axis=2)
 
 
+@all_cores()
 def encode_image(pixels: np.ndarray, format_: str) -> Media:
     """Write pixels ``(height, width, 3)`` as ``png``, ``jpeg`` or ``webp``."""
     from PIL import Image

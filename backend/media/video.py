@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from backend.cores import all_cores
 from backend.media import Refused
 from backend.media.containers import matroska_cut_short, mp4_cut_short
 from backend.media.parts import Media
@@ -39,6 +40,7 @@ MAX_FILM_PIXELS = 2**31  # half a minute of 1920 x 1080; some seconds of work
 _BT709 = 1  # what browsers take a film for that does not say, at least from 720 lines on
 
 
+@all_cores()
 def encode_video(frames: np.ndarray, fps: float) -> Media:
     """Write frames ``(n, height, width, 3)`` as an MP4 that browsers play, ``fps`` a second.
 
@@ -71,6 +73,7 @@ def encode_video(frames: np.ndarray, fps: float) -> Media:
     return Media(VIDEO_FORMATS["mp4"], file.getvalue())
 
 
+@all_cores()
 def decode_video(
     data: bytes, *, max_frames: int, mime_type: str | None, claim: Callable[[int], None]
 ) -> dict[str, Any]:
