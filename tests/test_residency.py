@@ -20,7 +20,7 @@ from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
 from backend.config import Config
 from backend.engine import residency
-from backend.engine.calls import Call
+from backend.engine.calls import Call, Job
 from backend.errors import ModelUnavailable
 from backend.keys import Keys
 from tests.conftest import run
@@ -252,6 +252,57 @@ def test_a_small_model_may_pass_a_large_one_that_waits(make_app, sized, held, mo
         assert run(client, "small").status_code == 200
         kind.gate.set()
         assert (first.result().status_code, second.result().status_code) == (200, 200)
+
+
+def test_work_that_comes_first_keeps_a_model_that_was_asked_to_leave(make_app, sized, events):
+    app = make_app([sized("a")])
+    assert run(app.test_client(), "a").status_code == 200
+    [worker] = app.extensions["crane"].engine._engine._pool._workers.values()
+    answered = threading.Event()
+    call = Call(
+        request_id="x",
+        model_id="a",
+        inputs=[1],
+        options={"delay_ms": 0},
+        seeds=None,
+        timeout_s=9,
+    )
+    with worker._changed:  # so that both are there when its thread looks
+        assert worker.leave()
+        worker.submit(Job(call, lambda answer: answered.set()))
+    assert answered.wait(5)
+    time.sleep(0.1)
+    assert (worker.is_leaving, events) == (False, [("load", "a")])
+
+
+def test_a_model_in_use_refuses_to_leave(make_app, held):
+    entry, kind = held("busy")
+    app = make_app([entry])
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(run, app.test_client(), "busy")
+        assert kind.inside.wait(10)
+        [worker] = app.extensions["crane"].engine._engine._pool._workers.values()
+        assert worker.leave() is False
+        assert not worker.is_leaving
+        kind.gate.set()
+        assert first.result().status_code == 200
+
+
+def test_an_order_to_unload_what_waits_for_room_is_not_kept_for_later(make_app, sized, held):
+    entry, kind = held("busy")
+    client = make_app([entry, sized("late")], memory_budget=MB, load_wait_s=0.3).test_client()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, client, "busy")
+        assert kind.inside.wait(10)
+        second = threads.submit(run, client, "late")
+        wait_for(lambda: state(client, "late") == "waiting")
+        client.post("/crane/models/late/unload")
+        assert second.result().status_code == 503
+        kind.gate.set()
+        assert first.result().status_code == 200
+    assert run(client, "late").status_code == 200
+    time.sleep(0.2)
+    assert state(client, "late") == "ready"
 
 
 # Order
