@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate, validates_schema
+from marshmallow import Schema, ValidationError, fields, validate
 
 from backend.config import seconds_of
 from backend.errors import InvalidRequest, did_you_mean
@@ -192,16 +192,11 @@ class ListOf(StrictField):
 class StrictSchema(Schema):
     """Refuses a key it does not know, with the nearest one it does."""
 
-    class Meta:
-        unknown = EXCLUDE  # so that the check below can say more than "Unknown field."
-
-    @validates_schema(pass_original=True, skip_on_field_errors=False)
-    def _refuse_unknown(self, data: Any, original: Any, **kwargs: Any) -> None:
+    def handle_error(self, error: ValidationError, data: Any, **kwargs: Any) -> None:
+        """Say more than "Unknown field."."""
         known = [field.data_key or name for name, field in self.fields.items()]
-        if unknown := [key for key in original if key not in known]:
-            raise ValidationError(
-                {key: [f"is not known here; {did_you_mean(key, known)}"] for key in unknown}
-            )
+        for key in data.keys() - set(known):
+            error.messages_dict[key] = [f"is not known here; {did_you_mean(key, known)}"]
 
 
 class ObjectOf(StrictField):
