@@ -96,6 +96,8 @@ def wanted_format(spec: ModelSpec, options: Any) -> str | None:
 
     Raises ``NotAcceptable`` where the Accept header leaves out all that there is.
     """
+    if "Accept" not in request.headers:
+        return None
     accepted = request.accept_mimetypes
     formats = TASKS[spec.type].formats
     best = accepted.best_match([JSON, *formats.values()]) if accepted else JSON
