@@ -36,6 +36,8 @@ LEASE_MARGIN_S = 15.0
 # Leases that need not end before their answers wait so long to end together with others, or with
 # what their caller spends next.
 END_WITHIN_S = 0.01
+# Only those, that is, whose callers have places enough left for what they may begin meanwhile.
+FAR = 32
 # So a lease may end a little after its answer, and whoever got that may call again at once.
 LOOK_AGAIN_S = 0.02
 
@@ -50,7 +52,7 @@ class Lease:
     @property
     def has_room(self) -> bool:
         """Whether its caller was far from as many calls at once as it may have."""
-        return 4 * self.standing.running <= self.call.tier.concurrency
+        return self.standing.running + FAR <= self.call.tier.concurrency
 
 
 class Meter:
