@@ -15,6 +15,7 @@ from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
 from backend.adapters.hub import release_memory
+from backend.adapters.progress import LoadWatch
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.residency import Residency
 from backend.errors import (
@@ -97,6 +98,7 @@ class Worker:
         self._wanted = False  # though nobody has called it
         self._leaving = Leaving.NO
         self._ready_at = float("inf")
+        self._watch = LoadWatch({})
         self._load_s: float | None = None
         self._size: tuple[str, int] | None = None  # its device and bytes, once it was loaded
         self._failures = 0
@@ -189,6 +191,7 @@ class Worker:
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
+            progress=self._watch.progress,
             queue=sum(item.job.call.model_id == model_id for item in list(self._queue)),
             running={"inputs": len(running), **self._progress} if mine else None,
             device=self._adapter.device if loaded else None,
@@ -266,7 +269,8 @@ class Worker:
             self.state = State.LOADING
             with _LOADING if adapter.loads_alone else nullcontext():
                 started = time.monotonic()
-                adapter.load()
+                with LoadWatch(adapter.weight_files) as self._watch:
+                    adapter.load()
             self._size = device, adapter.footprint()
             self._residency.settle(self, self._size[1])
         except OutOfMemory as error:
