@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -185,8 +186,10 @@ def test_a_load_goes_on_where_its_progress_cannot_be_told(make_app, slow, monkey
 
     monkeypatch.setattr(progress, "_mapped", fail)
     entry, model = slow
-    model.file.write_bytes(bytes(1000))
     client = make_app([entry], load_wait_s=0.2).test_client()
+    assert run(client, "slow").json["error"]["details"]["progress"]["stage"] == "download"
+    model.file.write_bytes(bytes(1000))
+    wait_for(lambda: shown(client) is None)
     assert run(client, "slow").json["error"]["details"]["progress"] is None
     model.gate.set()
     wait_for(lambda: run(client, "slow").status_code == 200)
@@ -233,11 +236,20 @@ def test_no_more_is_told_than_all_nor_less_than_before(blobs):
         assert watch.progress["stage"] == "download"
 
 
+def test_no_file_counts_for_another(blobs):
+    first, second = blobs("a", "b")
+    write(first, 5000)
+    with LoadWatch({first: 700, second: 300}) as watch:
+        assert wait_for(lambda: watch.progress)["done_bytes"] == 700
+
+
 def test_what_a_killed_process_left_does_not_count_beside_what_comes_now(blobs):
     (file,) = blobs("a")
-    write(file, 900, ".old.incomplete")
-    os.utime(file.with_name("a.old.incomplete"), (1, 1))
+    for number in range(20):  # a folder has no order
+        write(file, 900, f".{number}.incomplete")
+        os.utime(file.with_name(f"a.{number}.incomplete"), (1, 1))
     write(file, 100, ".new.incomplete")
+    file.with_name("a.gone.incomplete").symlink_to("moved-meanwhile")
     with LoadWatch({file: 1000}) as watch:
         assert wait_for(lambda: watch.progress)["done_bytes"] == 100
 
@@ -256,6 +268,7 @@ def test_when_all_files_are_there_they_are_read(blobs):
         assert wait_for(lambda: watch.progress)["done_bytes"] == 700
         write(second, 200)
         wait_for(lambda: watch.progress["done_bytes"] == 900)
+        assert watch.progress["stage"] == "download"
         second.with_name("b.0f.incomplete").rename(second)
         wait_for(lambda: watch.progress["stage"] == "load")
         assert watch.progress["total_bytes"] == 1000
@@ -263,7 +276,8 @@ def test_when_all_files_are_there_they_are_read(blobs):
 
 def test_a_file_that_is_not_fetched_after_all_holds_nothing_up(blobs, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_S", 0.2)
-    wanted, unwanted = blobs("a", "b")
+    wanted, unwanted, other = blobs("a", "b", "c")
+    write(other, 10)
     with LoadWatch({wanted: 700, unwanted: 300}) as watch:
         time.sleep(0.4)  # before the first file comes it may take as long as it will
         assert watch.progress["stage"] == "download"
@@ -279,9 +293,22 @@ def test_a_file_that_is_not_fetched_after_all_holds_nothing_up(blobs, monkeypatc
 def test_what_is_let_go_of_meanwhile_takes_nothing_back(blobs, monkeypatch):
     (file,) = blobs("a")
     file.write_bytes(bytes(1000))
-    mapped = iter([5000, 5300, 200, 500])
-    monkeypatch.setattr(progress, "_mapped", lambda: next(mapped, 500))
+    mapped = [5000, 5300, 200, 500]
+    monkeypatch.setattr(progress, "_mapped", lambda: mapped.pop(0) if mapped[1:] else mapped[0])
     with LoadWatch({file: 1000}) as watch:
         wait_for(lambda: watch.progress and watch.progress["done_bytes"] == 600)
         time.sleep(0.05)
         assert watch.progress["done_bytes"] == 600
+        mapped[:] = [9000]
+        wait_for(lambda: watch.progress["done_bytes"] == 1000)
+
+
+def test_the_rate_is_that_since_bytes_began_to_come(blobs, monkeypatch):
+    (file,) = blobs("a")
+    file.write_bytes(bytes(1000))
+    mapped, clock = iter([0, 0, 0, 100]), iter([0, 10, 20, 30])
+    monkeypatch.setattr(progress, "_mapped", lambda: next(mapped, 100))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock, 30)))
+    with LoadWatch({file: 1000}) as watch:
+        wait_for(lambda: watch.progress and watch.progress["done_bytes"] == 100)
+        assert watch.progress["left_s"] == 90
