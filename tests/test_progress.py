@@ -164,6 +164,7 @@ def test_the_time_to_come_back_is_that_of_the_rest_within_bounds(make_app, slow,
     }
     assert (left_s > 60) == (done == 1)
     assert refused.headers["Retry-After"] == retry_after
+    assert f"try again in {retry_after} s." in refused.json["error"]["message"]
 
 
 def test_where_nothing_is_known_of_a_load_nothing_is_told(make_app, slow):
