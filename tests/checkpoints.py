@@ -41,6 +41,15 @@ def llama(folder: Path) -> None:
     _causal(folder, _llama_config(), chat_template=CHAT_TEMPLATE)
 
 
+def large_llama(folder: Path, layers: int) -> None:
+    """As ``llama``, of 17 MB for each layer."""
+    config = _llama_config()
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 2048, layers
+    config.num_attention_heads = config.num_key_value_heads = 8
+    config.head_dim = 64
+    _causal(folder, config)
+
+
 def llama_without_end(folder: Path) -> None:
     """Never ends by itself, and has no token for padding."""
     _causal(folder, _llama_config(eos_token_id=None), eos_token=None)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,6 +17,8 @@ from backend.registry import Registry
 from tests import speech_checkpoints, vision_checkpoints
 from tests.checkpoints import checkpoint
 from tests.conftest import write_models
+from tests.hub import Hub
+from tests.serving import ROOT
 
 __all__ = ["checkpoint"]
 
@@ -121,7 +128,49 @@ def test_a_file_that_is_none_is_not_guessed_at(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
     entry = {"id": "m", "type": "text-generation", "hf_model": str(tmp_path)}
     spec = Registry.load(write_models(tmp_path, [entry])).get("m")
-    assert footprint.estimate(spec, "float32") == 0
+    assert footprint.estimate(footprint.find_files(spec), "float32") == 0
+
+
+@pytest.fixture
+def hub(checkpoint):
+    hub = Hub(Path(checkpoint("llama")))
+    yield hub
+    hub.close()
+
+
+GUESSES = """
+import json, sys
+from pathlib import Path
+
+from backend.adapters import ADAPTERS
+from backend.registry import Registry
+
+spec = Registry.load(Path(sys.argv[1])).get("m")
+for _ in range(2):
+    adapter = ADAPTERS[spec.type](spec, device="cpu", dtype="auto")
+    files, place = adapter.weight_files, adapter.place()
+    print(json.dumps([*place, sorted(files.values()), [one.exists() for one in files]]))
+    adapter.load()
+print(adapter.footprint())
+"""
+
+
+def test_the_guess_is_the_hubs_sizes_before_the_download_and_exact_after(hub, tmp_path):
+    entry = {"id": "m", "type": "text-generation", "hf_model": "of/model", "dtype": "bfloat16"}
+    done = subprocess.run(
+        [sys.executable, "-c", GUESSES, write_models(tmp_path, [entry])],
+        cwd=ROOT,
+        env=os.environ | hub.environment(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, counted = map(json.loads, done.stdout.splitlines())
+    size = (hub.folder / "model.safetensors").stat().st_size
+    assert before == ["cpu", size, [size], [False]]
+    assert after == ["cpu", pytest.approx(counted, rel=0.03), [size], [True]]
+    assert counted == pytest.approx(size / 2, rel=0.03)
 
 
 def test_what_is_free_is_what_a_container_leaves(tmp_path):

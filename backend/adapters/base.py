@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters import footprint
@@ -114,7 +116,12 @@ class Adapter(ABC):
             return "cpu", 0
         device = pick_device(self.device)
         dtype = str(self.wanted_dtype(device)).removeprefix("torch.")
-        return device, footprint.estimate(self.spec, dtype)
+        return device, footprint.estimate(self.weight_files, dtype)
+
+    @cached_property
+    def weight_files(self) -> Mapping[Path, int]:
+        """The files that ``load`` will read the weights from, fetched or not, and their bytes."""
+        return footprint.find_files(self.spec) if self.spec.hf_model else {}
 
     def wanted_dtype(self, device: str) -> torch.dtype | str:
         """What ``load`` makes of an entry's dtype: ``auto`` is the weights' own."""

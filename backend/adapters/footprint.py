@@ -7,7 +7,7 @@ import logging
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +25,57 @@ MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _OURS = ("backend.", "diffusers.", "transformers.", "sentence_transformers.")
 
 
-def estimate(spec: ModelSpec, dtype: str) -> int:
-    """Guess the bytes of an entry's weights in ``dtype``; 0 where nothing is known of them.
+def find_files(spec: ModelSpec) -> dict[Path, int]:
+    """The files of an entry's weights, with their bytes; empty where nothing is known of them.
 
     Of the files that from_pretrained may choose from, safetensors count before others, and a
-    ``variant`` that the entry's ``load`` names before none.
+    ``variant`` that the entry's ``load`` names before none. One that is still on the Hub is named
+    as the Hub's cache will have it.
     """
-    place = spec.weights()
+    place, variant = spec.weights(), spec.load_kwargs.get("variant")
     try:
         if Path(place).is_absolute():
-            sizes = _of_folder(Path(place), spec.load_kwargs.get("variant"), dtype)
-        else:
-            sizes = _of_hub(place, spec.revision, spec.load_kwargs.get("variant"), dtype)
+            return _in_folder(Path(place), variant)
+        return _of_hub(place, spec.revision, variant)
     except Exception as error:  # whatever it is, loading will say it better
-        logger.info("%s: its size is not known before it loads: %s", spec.id, error)
+        logger.info("%s: its files are not known before it loads: %s", spec.id, error)
+        return {}
+
+
+def estimate(files: Mapping[Path, int], dtype: str) -> int:
+    """Guess the bytes of the weights in such files, in ``dtype``; 0 where they tell nothing."""
+    try:
+        return sum(_of_file(file, size, dtype) for file, size in files.items())
+    except Exception as error:
+        logger.info("what a model takes is not known before it loads: %s", error)
         return 0
-    return sum(sizes)
 
 
-def _of_folder(folder: Path, variant: str | None, dtype: str) -> list[int]:
+def _in_folder(folder: Path, variant: str | None) -> dict[Path, int]:
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return [_of_file(folder / name, dtype) for name in weight_files(names, variant)]
+    return {folder / name: (folder / name).stat().st_size for name in weight_files(names, variant)}
 
 
-def _of_hub(repository: str, revision: str | None, variant: str | None, dtype: str) -> list[int]:
-    from huggingface_hub import HfApi, snapshot_download
+def _of_hub(repository: str, revision: str | None, variant: str | None) -> dict[Path, int]:
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     try:
         folder = snapshot_download(repository, revision=revision, local_files_only=True)
-        sizes = _of_folder(Path(folder), variant, dtype)
-        if sizes:
-            return sizes
+        if found := _in_folder(Path(folder), variant):
+            return found
     except LocalEntryNotFoundError:
         pass
-    found = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
-    files = {one.rfilename: one.size or 0 for one in found.siblings or ()}
-    # How wide the numbers in them are is not told; most are published as they are computed with.
-    return [files[name] for name in weight_files(list(files), variant)]
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    files = {one.rfilename: one for one in info.siblings or ()}
+    found = {}
+    for name in weight_files(list(files), variant):
+        one, file = files[name], cache / "snapshots" / str(info.sha) / name
+        blob = one.lfs.sha256 if one.lfs else str(one.blob_id)
+        found[file if file.exists() else cache / "blobs" / blob] = one.size or 0
+    return found
 
 
 def weight_files(names: list[str], variant: str | None) -> list[str]:
@@ -82,8 +95,10 @@ def weight_files(names: list[str], variant: str | None) -> list[str]:
     return inside if inside and "model_index.json" in names else chosen
 
 
-def _of_file(file: Path, dtype: str) -> int:
-    size = file.stat().st_size
+def _of_file(file: Path, size: int, dtype: str) -> int:
+    if not file.exists():
+        # How wide its numbers are is not told; most are published as they are computed with.
+        return size
     if file.suffix != ".safetensors":
         return size // 2 if dtype in _HALF else size
     with file.open("rb") as stream:

@@ -64,12 +64,14 @@ class Answer:
 class ModelStatus:
     """What an engine knows of one model, as ``GET /crane/models`` shows it.
 
-    ``running`` is its present batch: how many inputs it has, and how many steps of how many are
-    done where the model tells. ``memory_bytes`` is what it holds, or held when it was loaded last;
-    ``idle_s`` is the time since its last use; ``error`` is the last one that it refused calls with.
+    ``progress`` is how far its load is, as ``LoadWatch.progress`` has it. ``running`` is its
+    present batch: how many inputs it has, and how many steps of how many are done where the model
+    tells. ``memory_bytes`` is what it holds, or held when it was loaded last; ``idle_s`` is the
+    time since its last use; ``error`` is the last one that it refused calls with.
     """
 
     state: State = State.UNLOADED
+    progress: dict[str, Any] | None = None
     queue: int = 0
     running: dict[str, int] | None = None
     device: str | None = None

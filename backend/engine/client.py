@@ -19,6 +19,7 @@ from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Job, ModelStatus, State
 from backend.engine.engine import Engine
+from backend.engine.residency import shown_size
 from backend.errors import (
     ClientClosedRequest,
     CraneError,
@@ -34,6 +35,8 @@ ENGINE_START_S = (
     5.0  # a restarted engine listens after about half a second; loaded hosts are slower
 )
 STATUS_TIMEOUT_S = 2.0
+RETRY_S, LONGEST_RETRY_S = 10.0, 60.0  # where it is not known how long a load takes; and at most
+STAGES = {"download": "downloaded", "load": "read"}
 # What poll tells of a socket whose other end is closed, or writes no more. The bytes of a next
 # request do not count: they wake nobody. Only Linux has a word for it alone.
 HUNG_UP: int = getattr(select, "POLLRDHUP", select.POLLHUP)
@@ -122,12 +125,7 @@ class EngineClient(ABC):
                 retry_after_s=10,
             )
         if model.state is State.LOADING:
-            raise ModelLoading(
-                f"{model_id} is still loading after {waited_s:g} s; "
-                "it goes on loading, so try again later.",
-                details={"state": State.LOADING},
-                retry_after_s=10,
-            )
+            raise _still_loading(model_id, waited_s, model.progress)
 
     @abstractmethod
     def status(self) -> dict[str, Any]:
@@ -333,6 +331,21 @@ def _caller_gone() -> ClientClosedRequest:
     return ClientClosedRequest(
         "The connection, or its sending half, was closed before there was an answer. "
         "Keep both halves open until it is there."
+    )
+
+
+def _still_loading(model_id: str, waited_s: float, progress: dict[str, Any] | None) -> ModelLoading:
+    left_s, far = None, ""
+    if progress is not None:
+        left_s = progress["left_s"]
+        done, total = shown_size(progress["done_bytes"]), shown_size(progress["total_bytes"])
+        far = f" ({done} of {total} {STAGES[progress['stage']]})"
+    retry_after_s = RETRY_S if left_s is None else min(max(left_s, 1.0), LONGEST_RETRY_S)
+    return ModelLoading(
+        f"{model_id} is still loading after {waited_s:g} s{far}; it goes on loading, so try again "
+        f"in {math.ceil(retry_after_s)} s.",
+        details={"state": State.LOADING, "progress": progress},
+        retry_after_s=retry_after_s,
     )
 
 

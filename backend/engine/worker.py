@@ -16,6 +16,7 @@ from typing import Any
 from backend import metrics
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import release_memory
+from backend.adapters.progress import LoadWatch
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory, let_go
 from backend.engine.residency import Residency
@@ -102,6 +103,7 @@ class Worker:
         self._wanted = False  # though nobody has called it
         self._leaving = Leaving.NO
         self._ready_at = float("inf")
+        self._watch = LoadWatch({})
         self._load_s: float | None = None
         self._size: tuple[str, int] | None = None  # its device and bytes, once it was loaded
         self._failures = 0
@@ -195,6 +197,7 @@ class Worker:
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
+            progress=self._watch.progress,
             queue=sum(item.job.call.model_id == model_id for item in list(self._queue)),
             running={"inputs": len(running), **self._progress} if mine else None,
             device=self._adapter.device if loaded else None,
@@ -285,7 +288,8 @@ class Worker:
             self.state = State.LOADING
             with _LOADING if adapter.loads_alone else nullcontext():
                 started = time.monotonic()
-                self._load_in_time(adapter)
+                with LoadWatch(adapter.weight_files) as self._watch:
+                    self._load_in_time(adapter)
             if self.state is State.DEFUNCT:  # it was given up, and did load after all
                 adapter.unload()
                 return False
