@@ -203,6 +203,19 @@ def test_a_model_whose_device_broke_is_defunct_and_is_not_tried_again(make_app, 
     assert (ready.status_code, ready.json["reasons"]) == (503, ["breaks stopped working."])
 
 
+def test_what_a_dead_model_held_is_given_back(make_app, sized, add_task, events):
+    class Dies(Sized):
+        weights, guess = MB, None
+
+        def predict(self, batch):
+            raise SystemExit
+
+    Dies.events = events
+    client = make_app([add_task("dies", Dies), sized("a")], memory_budget=MB).test_client()
+    assert run(client, "dies").status_code == 503
+    assert run(client, "a").status_code == 200
+
+
 PLUGIN = """
 import torch
 from dataclasses import replace

@@ -468,6 +468,31 @@ def test_a_pinned_model_that_does_not_load_is_tried_again_by_itself(
     assert len(tries) == 3
 
 
+def test_entries_that_share_weights_leave_and_come_back_together(make_app, add_task, events):
+    class Shared(Sized):
+        weights, guess = MB, None
+
+        @classmethod
+        def weights_key(cls, spec):
+            return "shared"
+
+        def load_beside(self, loaded):
+            super(Sized, self).load()
+            self.told("beside")
+            self.block = loaded.block
+
+    Shared.events = events
+    client = make_app([add_task(name, Shared) for name in "ab"]).test_client()
+    for _ in range(2):
+        for name in "ab":
+            assert run(client, name).status_code == 200
+        assert client.get("/readyz").json["engine"]["memory"]["cpu"]["held_bytes"] == MB
+        assert order(client, "b", "unload").json["state"] == "unloaded"
+        assert state(client, "a") == "unloaded"
+        assert [what for what, _ in events] == ["load", "beside", "unload", "unload"]
+        events.clear()
+
+
 # Control
 
 

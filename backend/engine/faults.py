@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
 
 class DeviceBroken(BaseException):
@@ -31,12 +30,3 @@ def is_broken_device(error: BaseException) -> bool:
     if kind is not None and isinstance(error, kind):
         return True
     return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error:", "HIP error:"))
-
-
-def let_go(error: BaseException) -> None:
-    """Clear the frames that an error came through, for they hold on to tensors."""
-    traceback.clear_frames(error.__traceback__)
-    error.__traceback__ = None
-    for other in (error.__cause__, error.__context__):
-        if other is not None and other is not error:
-            let_go(other)

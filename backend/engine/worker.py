@@ -18,7 +18,7 @@ from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine.calls import Item, Job, ModelStatus, State
-from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory, let_go
+from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.residency import Residency
 from backend.errors import (
     CraneError,
@@ -345,7 +345,7 @@ class Worker:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning("%s ran out of memory as it loaded", self.model_id)
-                let_go(error)
+            # The error is gone by now, and what its frames held.
             self._residency.empty(self)
             release_memory()
             adapter.load()
@@ -548,9 +548,9 @@ class Worker:
                 if len(items) == 1:
                     return [error if isinstance(error, CraneError) else InternalError()]
                 return [result for item in items for result in self._predict(adapter, [item])]
-            let_go(error)
         else:
             return results
+        # The error is gone by now, and what its frames held.
         return self._predict_less(adapter, items, last)
 
     def _predict_less(
