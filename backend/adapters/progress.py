@@ -53,6 +53,8 @@ class LoadWatch:
         self._ended.set()
 
     def _watch(self) -> None:
+        if self._ended.wait(LOOK_S):  # most loads from a disk's cache are over by then
+            return
         try:
             self._follow("download", _fetched(self._files), sum(self._files.values()))
             here = sum(size for file, size in self._files.items() if file.exists())
