@@ -11,7 +11,7 @@ from backend.engine.client import EngineClient
 
 
 class AnswersItself(EngineClient):
-    def run(self, call: Call) -> Answer:
+    def run(self, call: Call, caller_socket: Any = None) -> Answer:
         return Answer(
             outputs=call.inputs,
             usage=[{}] * len(call.inputs),
@@ -27,9 +27,10 @@ class AnswersItself(EngineClient):
     def status(self) -> dict[str, Any]:
         return {"models": {}}
 
+    def control(self, order: str, model_id: str) -> None: ...
     def close(self) -> None: ...
     def _submit(self, call: Call) -> Any: ...
-    def _wait(self, ticket: Any, timeout_s: float) -> None: ...
+    def _wait(self, ticket: Any, timeout_s: float, caller_socket: Any) -> None: ...
     def _cancel(self, ticket: Any) -> None: ...
 
 
