@@ -274,18 +274,20 @@ def test_an_engine_that_cannot_go_on_is_replaced_while_http_stays_up(
     assert line["exit_code"] == 70
 
 
-def test_a_load_that_hangs_is_given_up(make_app, add_task):
+@pytest.mark.parametrize("late", ["loads", "fails"])
+def test_a_load_that_hangs_is_given_up(make_app, add_task, events, late):
     gate = threading.Event()
-    loaded = []
 
-    class Hangs(Echo):
+    class Hangs(Sized):
+        weights, guess = MB, None
+
         def load(self):
             assert gate.wait(20)
+            if late == "fails":
+                raise RuntimeError("late, and in vain")
             super().load()
 
-        def unload(self):
-            loaded.append(self)
-
+    Hangs.events = events
     client = make_app([add_task("hangs", Hangs)], load_timeout_s=0.3).test_client()
     started = time.monotonic()
     answer = run(client, "hangs")
@@ -294,5 +296,9 @@ def test_a_load_that_hangs_is_given_up(make_app, add_task):
     assert "hangs did not load in 0.3 s." in answer.json["error"]["message"]
     assert state(client, "hangs") == "defunct"
     gate.set()
-    wait_for(lambda: loaded)  # and what it loaded late is let go
-    assert client.get("/readyz").json["engine"]["memory"] in ({}, {"cpu": {}})
+
+    def held():
+        return client.get("/readyz").json["engine"]["memory"]["cpu"]["held_bytes"]
+
+    wait_for(lambda: held() == 0)  # what it loaded late is let go
+    assert [what for what, _ in events] == (["load", "unload"] if late == "loads" else [])

@@ -264,7 +264,7 @@ class Worker:
                 self._changed.wait(left_s)
             self._drop_cancelled()
             again = self.pinned and self.state is State.FAILED and not self._closing
-            if self._queue or self._wanted or again:
+            if self._queue or again or (self._wanted and not self._closing):
                 return True
             self._thread = None
             return False
@@ -292,11 +292,13 @@ class Worker:
                     self._load_in_time(adapter)
             if self.state is State.DEFUNCT:  # it was given up, and did load after all
                 adapter.unload()
+                self._residency.give_back(self)
                 return False
             self._size = device, adapter.footprint()
             self._residency.settle(self, self._size[1])
         except BaseException as error:
             if self.state is State.DEFUNCT:  # it was given up before
+                self._residency.give_back(self)
                 return False
             if is_broken_device(error):
                 raise DeviceBroken from error
