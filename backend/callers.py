@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 
-from backend.config import Config
+from backend.config import Config, is_loopback
 from backend.errors import Forbidden, InvalidApiKey, RateLimitExceeded
 from backend.keys import Key, Keys, looks_like_key
 from backend.meter import Meter
@@ -78,7 +78,7 @@ class Callers:
             return Caller(
                 f"address:{_network(address)}",
                 self._config.tiers["free"],
-                admin=_is_this_host(address),
+                admin=is_loopback(address),
             )
         text = _key_of(authorization, api_key)
         if text is None:
@@ -146,14 +146,6 @@ def _key_of(authorization: str | None, api_key: str | None) -> str | None:
     if api_key is not None and api_key.strip() != text.strip():
         raise InvalidApiKey("Authorization and X-API-Key hold different keys: send one.")
     return text.strip()
-
-
-@lru_cache(4096)
-def _is_this_host(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:  # a Unix socket's
-        return False
 
 
 @lru_cache(4096)

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,13 @@ def redis_url(text: str) -> str:
     return text
 
 
-def _is_loopback(host: str) -> bool:
+@lru_cache(4096)
+def is_loopback(address: str) -> bool:
+    """Whether an address is this very host's; no name is."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
-        return host == "localhost"
+        return False
 
 
 def cores() -> int:
@@ -271,7 +274,8 @@ class Config:
     def needs_keys(self) -> bool:
         """Whether a caller must have a key: unless told, where others than this host may call."""
         if self.auth == "auto":
-            return not _is_loopback(self.bind.rpartition(":")[0].strip("[]"))
+            host = self.bind.rpartition(":")[0].strip("[]")
+            return host != "localhost" and not is_loopback(host)
         return self.auth == "required"
 
     @property

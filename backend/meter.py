@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from backend import metrics
 from backend.config import Config
@@ -27,8 +26,6 @@ from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import UNIT, Limit, Tier
 
 logger = logging.getLogger("crane.quota")
-
-T = TypeVar("T")
 
 # Past a call's deadline: what it takes to be queued, answered and settled. A worker that is killed
 # holds its leases until then.
@@ -161,7 +158,7 @@ class Meter:
         nothing = Call(subject, tier, "", 0, 0, leases)
         self._decide(lambda store: store.settle(nothing, 0, 0))
 
-    def _decide(self, step: Callable[[Store], T]) -> T | None:
+    def _decide(self, step: Callable[[Store], Decision]) -> Decision | None:
         """None where quotas are not known: nothing but letting calls in waits for them."""
         if isinstance(self._store, FailoverStore) and self._store.away:
             metrics.QUOTA_LOCAL.labels(self._config.quota_on_outage).inc()

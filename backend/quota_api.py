@@ -51,10 +51,8 @@ def hold() -> None:
     spec = g.spec = parts.registry.get(body["model_id"])
     caller.check_may_use(spec.id)
     if parts.config.quota == "on":
-        cost = spec.cost.whole()
-        if cost is None:
-            count = len(body["input"]) if type(body["input"]) is list else 1
-            cost = spec.cost.reserve(asked(spec, body["options"]), count)
+        count = len(body["input"]) if type(body["input"]) is list else 1
+        cost = spec.cost.reserve(asked(spec, body["options"]), count)
         g.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
 
 

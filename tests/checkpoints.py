@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -225,19 +227,20 @@ BUILDERS = {
 }
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """``checkpoint("llama")`` is its folder, built when it is first asked for."""
-    built: dict[str, str] = {}
+def built_when_asked(builders: dict, place: Path) -> Callable[[str], str]:
+    """``built_when_asked(BUILDERS, place)("llama")`` is its folder, built at the first call."""
 
+    @cache
     def folder(name: str) -> str:
-        if name not in built:
-            path = tmp_path_factory.mktemp("checkpoints") / name
-            BUILDERS[name](path)
-            built[name] = str(path)
-        return built[name]
+        builders[name](place / name)
+        return str(place / name)
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return built_when_asked(BUILDERS, tmp_path_factory.mktemp("checkpoints"))
 
 
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

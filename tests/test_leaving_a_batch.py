@@ -20,7 +20,7 @@ from tests import (
     vision_checkpoints,
     vision_text_checkpoints,
 )
-from tests.checkpoints import sentence
+from tests.checkpoints import built_when_asked, sentence
 from tests.pictures import base64_of, picture
 from tests.sounds import wav
 
@@ -190,15 +190,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("families") / name
-            BUILDERS[name](made[name])
-        return str(made[name])
-
-    return folder
+    return built_when_asked(BUILDERS, tmp_path_factory.mktemp("families"))
 
 
 def same(one, other):

@@ -19,6 +19,7 @@ from backend.adapters.recognition import SpeechRecognizer
 from backend.adapters.recognition_ctc import CtcListener
 from backend.adapters.recognition_whisper import WhisperListener
 from backend.errors import CraneError, DeadlineExceeded
+from tests.checkpoints import built_when_asked
 from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.recognition_checkpoints import BUILDERS
@@ -32,15 +33,7 @@ WINDOW_S = 6  # of the tiny Whisper; the real one's is 30
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny checkpoint's folder: ``checkpoint("whisper")``. Each is built once."""
-    folder = tmp_path_factory.mktemp("speech")
-
-    def build(name):
-        if not (folder / name).exists():
-            BUILDERS[name](folder / name)
-        return str(folder / name)
-
-    return build
+    return built_when_asked(BUILDERS, tmp_path_factory.mktemp("speech"))
 
 
 def entry(checkpoint, name="whisper", **more):

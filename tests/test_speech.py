@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from backend.adapters.sound_models import MusicGen, Vits
+from tests.checkpoints import built_when_asked
 from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.sounds import heard
@@ -37,17 +38,7 @@ SIXTEEN_BITS = 2**-16 + 1e-4
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """``checkpoint("vits")`` is its folder, built when it is first asked for."""
-    built: dict[str, str] = {}
-
-    def folder(name: str) -> str:
-        if name not in built:
-            path = tmp_path_factory.mktemp("speech") / name
-            BUILDERS[name](path)
-            built[name] = str(path)
-        return built[name]
-
-    return folder
+    return built_when_asked(BUILDERS, tmp_path_factory.mktemp("speech"))
 
 
 def entry(checkpoint, kind, **more):

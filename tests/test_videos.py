@@ -21,7 +21,7 @@ from backend.adapters import film_shapes
 from backend.media.parts import Media
 from backend.tasks import TASKS
 from tests import video_checkpoints
-from tests.checkpoints import sentence
+from tests.checkpoints import built_when_asked, sentence
 from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, difference, picture
@@ -53,17 +53,8 @@ SVD = "stable_video_diffusion"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """``checkpoint("wan")`` is its folder, built when it is first asked for."""
     builders = {build.__name__: build for build in video_checkpoints.BUILDERS}
-    built = {}
-
-    def folder(name):
-        if name not in built:
-            built[name] = tmp_path_factory.mktemp("films") / name
-            builders[name](built[name])
-        return str(built[name])
-
-    return folder
+    return built_when_asked(builders, tmp_path_factory.mktemp("films"))
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class EngineClient(ABC):
             wait_s = min(self._load_wait_s, call.timeout_s)
             answer = self._wait(ticket, wait_s, caller_socket)
             if answer is None:
-                self._refuse_while_loading(call.model_id, call.timeout_s)
+                self._refuse_while_loading(call.model_id, wait_s)
                 answer = self._wait(ticket, deadline - time.monotonic(), caller_socket)
         except BaseException:
             self._cancel(ticket)
@@ -112,12 +112,11 @@ class EngineClient(ABC):
         known = self.status()["models"].get(model_id, {})
         return ModelStatus(**known | {"state": State(known.get("state", State.UNLOADED))})
 
-    def _refuse_while_loading(self, model_id: str, timeout_s: float) -> None:
+    def _refuse_while_loading(self, model_id: str, waited_s: float) -> None:
         try:
             model = self._model(model_id)
         except ModelUnavailable:  # too busy to say
             return
-        waited_s = min(self._load_wait_s, timeout_s)
         if model.state is State.WAITING:
             raise OutOfMemory(
                 f"There was no room for {model_id} in {waited_s:g} s. {model.error}",

@@ -115,7 +115,7 @@ class Residency:
     def empty(self, besides: Tenant) -> None:
         """Have all idle models on a tenant's device leave, and wait until they have."""
         with self._changed:
-            device, _ = self.place(besides)
+            device = self.device_of(besides)
             others = [
                 tenant
                 for tenant, holding in self._held.items()
@@ -126,10 +126,9 @@ class Residency:
                 lambda: not any(tenant in self._held for tenant in leaving), LEAVE_S
             )
 
-    def place(self, tenant: Tenant) -> tuple[str, int]:
-        """The device that a tenant is on, and the bytes that it holds there."""
-        holding = self._held[tenant]
-        return holding.device, holding.size
+    def device_of(self, tenant: Tenant) -> str:
+        """The device that a tenant holds memory on."""
+        return self._held[tenant].device
 
     def held(self, tenant: Tenant) -> int:
         """The bytes that a tenant holds."""

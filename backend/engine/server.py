@@ -56,8 +56,11 @@ class Server:
         self._jobs: dict[Connection, Job | None] = {}
         self._stopping = self._broken = False
 
-    def serve(self) -> None:
-        """Answer until ``close``, or until a model broke that only a new process can mend."""
+    def serve(self) -> int:
+        """Answer until ``close``, or until a model broke that only a new process can mend.
+
+        Returns the exit status that says which.
+        """
         self._engine.load_pinned()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -70,16 +73,13 @@ class Server:
                     self._send_answers()
                 elif isinstance(key.fileobj, Connection):
                     self._receive(key.fileobj)
+        return BROKEN if self._broken else 0
 
     def close(self) -> None:
         """Finish what is queued and end ``serve``, from any thread."""
         self._engine.close()
         self._stopping = True
         self._wake_up()
-
-    @property
-    def broken(self) -> bool:
-        return self._broken
 
     def _break(self) -> None:
         # Whoever has an answer by now gets it; the others are told by their connections' end.
@@ -185,11 +185,9 @@ def main() -> None:
         server.close()
 
     threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
-    server.serve()
+    status = server.serve()
     path.unlink(missing_ok=True)
-    os._exit(
-        BROKEN if server.broken else 0
-    )  # without waiting for the threads of a model that did not unload
+    os._exit(status)  # without waiting for the threads of a model that did not unload
 
 
 if __name__ == "__main__":

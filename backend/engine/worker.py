@@ -322,8 +322,7 @@ class Worker:
     def _fail_load(self, error: BaseException) -> None:
         self._wanted = False
         self._renew()
-        if "torch" in sys.modules:
-            release_memory()
+        release_memory()
         self._residency.give_back(self)
         if isinstance(error, OutOfMemory) and not self.pinned:  # there may be room for the next
             self._refuse_all(State.UNLOADED, error.message, error)
@@ -359,7 +358,7 @@ class Worker:
             alarm.cancel()
 
     def _out_of_memory(self) -> OutOfMemory:
-        device, _ = self._residency.place(self)
+        device = self._residency.device_of(self)
         return OutOfMemory(
             f"{self.model_id} ran out of memory on {device}, though it did one input at a time and "
             "idle models were unloaded. Ask for less, or make room.",

@@ -19,12 +19,6 @@ class Cost:
     per_1k_tokens: float = 0
     per_audio_minute: float = 0
 
-    def whole(self) -> int | None:
-        """What every call costs, where it depends on nothing."""
-        if self.per_image or self.per_1k_tokens or self.per_audio_minute:
-            return None
-        return self.settle({})
-
     def reserve(self, options: Mapping[str, Any], count: int) -> int:
         """What a call with ``count`` inputs is held to cost until it has run.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import TypeVar
 
 from backend.quota.decisions import Call, Decision, Store
 from backend.quota.redis import RedisStore
@@ -13,8 +12,6 @@ from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import Tier
 
 logger = logging.getLogger("crane.quota")
-
-T = TypeVar("T")
 
 PROBE_S = 0.5  # between looks for a Redis that was away
 
@@ -61,7 +58,7 @@ class FailoverStore:
         self._redis.close()
         self._sqlite.close()
 
-    def _decide(self, step: Callable[[Store], T]) -> T:
+    def _decide(self, step: Callable[[Store], Decision]) -> Decision:
         if not self.away:
             try:
                 return step(self._redis)
