@@ -21,7 +21,7 @@ from gunicorn import glogging
 from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
-from backend.cores import allowed, stay_on
+from backend.cores import allowed, stay_on, take_turns
 from backend.logs import logging_config
 from backend.private import private_folder
 from backend.registry import Registry
@@ -123,6 +123,7 @@ def with_path(environ):
 
 def when_ready(server):
     global _supervisor, _sockets
+    take_turns()
     # A reload reads this file anew, and would leave the engine with the settings of before.
     signal.signal(signal.SIGHUP, lambda *_: server.log.warning("HUP is ignored: restart instead"))
     _sockets = socket_folder(settings.data_dir)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _all: set[int] | None = None
 
@@ -24,6 +24,18 @@ def stay_on(core: int) -> None:
     global _all
     _all = allowed()
     os.sched_setaffinity(0, {core})
+
+
+def take_turns() -> None:
+    """Have this process's threads, and its children's, not interrupt each other when they wake.
+
+    A call wakes a thread of the engine and then one of an HTTP worker. Where each at once pushes
+    aside what its core is at, 32 clients get an eighth fewer answers, and one client a tenth.
+    See SCHED_BATCH in sched(7).
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with suppress(OSError):  # some containers forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager

@@ -19,7 +19,8 @@ bp = Blueprint("crane", __name__, url_prefix="/crane")
 
 @bp.post("/run")
 def run() -> Response | dict[str, Any]:
-    body, spec = g.body, g.spec  # which the hook has read, and found
+    known: Any = g._get_current_object()
+    body, spec = known.body, known.spec  # which the hook has read, and found
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
@@ -30,12 +31,12 @@ def run() -> Response | dict[str, Any]:
             spec.id,
             body["input"],
             body["options"],
-            request_id=g.request_id,
+            request_id=known.request_id,
             one_output=format_ is not None,
             caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
         )
-    g.usage = metadata["usage"]
-    g.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
+    known.usage = metadata["usage"]
+    known.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
     if format_ is not None:
         return bare(output, metadata)
     return {"output": output, "metadata": metadata}

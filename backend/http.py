@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crane.http")
 
+_HEADERS = "crane.headers"  # of the environ
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # An API's answers are data: nothing in them is to be rendered, framed, guessed at or kept.
 SECURITY_HEADERS = [
@@ -77,8 +78,8 @@ def crane() -> Crane:
     return parts
 
 
-class Secured:
-    """A WSGI app whose every answer has ``SECURITY_HEADERS``.
+class Headed:
+    """A WSGI app whose every answer has ``SECURITY_HEADERS``, and what ``add_headers`` was told.
 
     Werkzeug would look at each of them three times on its way.
     """
@@ -88,14 +89,20 @@ class Secured:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Any:
-            return start_response(status, headers + SECURITY_HEADERS, error)
+            headers = [*headers, *environ.get(_HEADERS, {}).items(), *SECURITY_HEADERS]
+            return start_response(status, headers, error)
 
         return self._app(environ, start)
 
 
+def add_headers(headers: dict[str, str]) -> None:
+    """Have this request's answer say this, too; the names and values must be sound."""
+    request.environ.setdefault(_HEADERS, {}).update(headers)
+
+
 def install(app: Flask, config: Config) -> None:
     """Put the hooks and error handlers on an app."""
-    app.wsgi_app = Secured(app.wsgi_app)  # type: ignore[method-assign]
+    app.wsgi_app = Headed(app.wsgi_app)  # type: ignore[method-assign]
     app.json = OrjsonProvider(app)
     app.before_request(begin)
     app.after_request(finish)
@@ -137,7 +144,7 @@ def begin() -> None:
 def finish(response: Response) -> Response:
     known: Any = g._get_current_object()
     rule, status = request.url_rule, response.status_code
-    response.headers.add("X-Request-ID", known.request_id)
+    add_headers({"X-Request-ID": known.request_id})
     fields = {
         "request_id": known.request_id,
         "method": request.method,

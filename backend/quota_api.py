@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Flask, Response, g, request
+from flask import Blueprint, Flask, Request, Response, g, request
 
 from backend.bodies import request_body
 from backend.errors import ClientClosedRequest
-from backend.http import crane
+from backend.http import add_headers, crane
 from backend.meter import Lease, quota_headers, units
 from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
@@ -33,27 +33,30 @@ def hold() -> None:
     The cost is the model's, so the body is read before: what is malformed, or asks for a model that
     is not there or not allowed, is told so and never metered.
     """
-    endpoint, headers = request.endpoint, request.headers
-    if endpoint is None or endpoint in OPEN or request.method == "OPTIONS":
+    # Each use of Flask's `request` and `g` finds their context anew: one does.
+    asking: Request = request._get_current_object()  # type: ignore[attr-defined]
+    known: Any = g._get_current_object()
+    endpoint, headers = asking.endpoint, asking.headers
+    if endpoint is None or endpoint in OPEN or asking.method == "OPTIONS":
         return
     parts = crane()
-    caller = g.caller = parts.callers.identify(
+    caller = known.caller = parts.callers.identify(
         authorization=headers.get("Authorization"),
         api_key=headers.get("X-API-Key"),
-        address=request.remote_addr or "",
+        address=asking.remote_addr or "",
     )
     if caller.key_id is not None:
-        g.log["key_id"] = caller.key_id
+        known.log["key_id"] = caller.key_id
     if endpoint not in METERED:
         return
-    body = g.body = load(_RUN_REQUEST, request_body())
-    g.log["model_id"] = body["model_id"][:100]
-    spec = g.spec = parts.registry.get(body["model_id"])
+    body = known.body = load(_RUN_REQUEST, request_body())
+    known.log["model_id"] = body["model_id"][:100]
+    spec = known.spec = parts.registry.get(body["model_id"])
     caller.check_may_use(spec.id)
     if parts.config.quota == "on":
         count = len(body["input"]) if type(body["input"]) is list else 1
         cost = spec.cost.reserve(asked(spec, body["options"]), count)
-        g.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
+        known.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
 
 
 def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:
@@ -77,14 +80,15 @@ def settle(response: Response) -> Response:
     A call whose caller has left costs what was held for it, whether or not a model had begun: that
     only the engine knows, and to leave must not be a way to use it for nothing.
     """
-    lease: Lease | None = g.pop("lease", None)
+    known: Any = g._get_current_object()
+    lease: Lease | None = known.pop("lease", None)
     if lease is None:
         return response
     cost = 0
     if response.status_code == ClientClosedRequest.status:
         cost = lease.call.cost
     elif response.status_code < 400:
-        cost = g.spec.cost.settle(g.usage)
+        cost = known.spec.cost.settle(known.usage)
     standing: Decision | None = lease.standing
     meter = crane().meter
     if cost == lease.call.cost and lease.has_room:
@@ -93,7 +97,7 @@ def settle(response: Response) -> Response:
     else:
         standing = meter.settle(lease, cost)
     if standing is not None:
-        response.headers.extend(quota_headers(lease.call.tier, standing))
+        add_headers(quota_headers(lease.call.tier, standing))
     return response
 
 

@@ -287,6 +287,17 @@ def test_each_http_worker_keeps_to_a_core_and_the_engine_has_all(gunicorn):
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has this policy")
+def test_no_thread_of_the_service_interrupts_another_as_it_wakes(gunicorn):
+    server = gunicorn(CRANE_WORKERS=2)
+    server.run(ECHO["id"])
+    threads = [
+        thread.id for one in (*server.http_workers(), server.engine()) for thread in one.threads()
+    ]
+    assert len(threads) > 6
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
+
+
 def test_a_worker_with_the_models_in_it_has_all_cores(gunicorn):
     [worker] = gunicorn(CRANE_ENGINE="inline").http_workers()
     assert set(worker.cpu_affinity()) == CORES

@@ -9,6 +9,7 @@ entries a limit.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,12 +24,12 @@ CONCURRENCY_RETRY_MS = 1000
 class State:
     """What a store keeps of a caller: when its leases end, and what it spent, by window length.
 
-    An entry is three numbers of a window's list: the times of its first and its last spend, in ms,
-    and the thousandths. The oldest comes first.
+    An entry is three numbers of a window's array: the times of its first and its last spend, in
+    ms, and the thousandths. The oldest comes first.
     """
 
     leases: dict[str, int]
-    spent: dict[int, list[int]]
+    spent: dict[int, array[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def _wait_ms(state: State, limit: Limit, cost: int, now: int) -> int:
     over = _used(state, window) + cost - limit.units * UNIT
     if over <= 0:
         return 0
-    entries = state.spent.get(window, [])
+    entries = state.spent.get(window, ())
     for place in range(0, len(entries), 3):
         over -= entries[place + 2]
         if over <= 0:
@@ -147,17 +148,17 @@ def _wait_ms(state: State, limit: Limit, cost: int, now: int) -> int:
 
 
 def _add(state: State, window: int, now: int, cost: int) -> None:
-    entries = state.spent.setdefault(window, [])
+    entries = state.spent.setdefault(window, array("q"))
     if entries and now - entries[-3] < window // PARTS:
         entries[-2] = now
         entries[-1] += cost
     else:
-        entries += now, now, cost
+        entries.extend((now, now, cost))
 
 
 def _change(state: State, window: int, at: int, change: int) -> None:
     """Have the entry that a spend went into hold more, or less; it may be forgotten by now."""
-    entries = state.spent.get(window, [])
+    entries = state.spent.get(window, array("q"))
     for place in range(0, len(entries) if change else 0, 3):
         if entries[place] <= at <= entries[place + 1]:
             entries[place + 2] = max(0, entries[place + 2] + change)

@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,12 @@ def _load(stored: bytes | None) -> State:
     if stored is None:
         return State({}, {})
     leases, spent = msgpack.unpackb(stored[_ENDS.size :], strict_map_key=False)
-    return State(leases, spent)
+    return State(leases, {window: array("q", entries) for window, entries in spent.items()})
 
 
 def _dump(state: State) -> bytes:
     ends = [entries[-2] + window for window, entries in state.spent.items()]
     last = max([0, *state.leases.values(), *ends])
-    packed: bytes = msgpack.packb((state.leases, state.spent))
+    spent = {window: entries.tobytes() for window, entries in state.spent.items()}
+    packed: bytes = msgpack.packb((state.leases, spent))
     return _ENDS.pack(last) + packed
