@@ -22,6 +22,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
 from backend.cores import allowed, stay_on, take_turns
+from backend.engine.devices import found
 from backend.logs import logging_config
 from backend.private import private_folder
 from backend.registry import Registry
@@ -30,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 LINGER_MS = 20  # a client that calls again and again does so sooner
 ACCEPT_DELAY_S = 0.00002  # for each connection that a worker has
 MAX_ACCEPT_DELAY_S = 0.001
-UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest name we put in the folder is engine.alive
+UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest names we put in the folder have 14
 
 os.environ.setdefault("CRANE_ENGINE", "process")
 
@@ -38,7 +39,7 @@ os.environ.setdefault("CRANE_ENGINE", "process")
 def socket_folder(data_dir: Path) -> Path:
     """A private folder for the engine's sockets, in the data folder unless that is too deep."""
     run = private_folder(data_dir.resolve()) / "run"
-    if len(bytes(run)) + len("/crane-xxxxxxxx/engine.alive") <= UNIX_PATH_MAX:
+    if len(bytes(run)) + len("/crane-xxxxxxxx/placement.lock") <= UNIX_PATH_MAX:
         run.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="crane-", dir=run))
     return Path(tempfile.mkdtemp(prefix="crane-"))
@@ -132,7 +133,11 @@ def when_ready(server):
     (_sockets / "metrics").mkdir()
     if settings.engine == "process":
         os.environ["CRANE_ENGINE_SOCKET"] = str(_sockets / "engine.sock")
-        settings.engine_file.write_text(os.environ["CRANE_ENGINE_SOCKET"])
+        # What each process would have to find out by itself.
+        os.environ["CRANE_DEVICES"] = ",".join(found(settings.devices))
+        settings.engine_file.write_text(
+            "{CRANE_DEVICES}\n{CRANE_ENGINE_SOCKET}".format(**os.environ)
+        )
         _supervisor = subprocess.Popen(
             [sys.executable, "-m", "backend.engine.supervisor"],
             stdin=subprocess.PIPE,
@@ -196,6 +201,6 @@ def on_exit(server):
         _supervisor.wait()
     if _sockets is not None:
         with suppress(OSError):
-            if settings.engine_file.read_text().startswith(str(_sockets)):
+            if str(_sockets) in settings.engine_file.read_text():
                 settings.engine_file.unlink()
         shutil.rmtree(_sockets, ignore_errors=True)

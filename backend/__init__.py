@@ -21,7 +21,7 @@ def create_app(config: Config | None = None) -> Flask:
     from backend import bodies, cli, crane_api, http, logs, ops_api, quota_api
     from backend.callers import Callers
     from backend.config import Config
-    from backend.engine.client import connect
+    from backend.engine.connect import connect
     from backend.keys import Keys
     from backend.media.reader import MediaReader
     from backend.meter import Meter

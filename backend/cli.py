@@ -14,9 +14,10 @@ import click
 from flask.cli import AppGroup
 
 from backend.crane_api import describe
-from backend.engine.calls import ModelStatus
-from backend.engine.client import EngineClient, RemoteEngine
+from backend.engine.client import EngineClient
+from backend.engine.remote import reach
 from backend.engine.residency import shown_size
+from backend.engine.status import nowhere
 from backend.errors import CraneError, KeysUnavailable, did_you_mean
 from backend.http import crane as parts
 from backend.keys import Key, KeyEnded, Keys, UnknownKey
@@ -91,7 +92,7 @@ def list_models() -> None:
         states = running.status()["models"]
     rows: list[tuple[str, ...]] = []
     for spec in parts().registry:
-        model = states.get(spec.id) or ModelStatus().to_wire()
+        model = states.get(spec.id) or nowhere()
         held, idle_s = model["memory_bytes"], model["idle_s"]
         rows.append(
             (
@@ -140,10 +141,16 @@ def engine() -> Iterator[EngineClient]:
     """The engine of the service that runs on this data folder."""
     config = parts().config
     try:
-        socket = Path(config.engine_file.read_text())
+        devices, socket = config.engine_file.read_text().split("\n")
     except OSError:
         raise click.ClickException(f"no service runs on {config.data_dir}") from None
-    with closing(RemoteEngine(replace(config, engine_socket=socket))) as found:
+    config = replace(
+        config,
+        engine="process",
+        engine_socket=Path(socket),
+        devices=tuple(devices.split(",")),
+    )
+    with closing(reach(config, parts().registry)) as found:
         try:
             yield found
         except CraneError as error:

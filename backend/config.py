@@ -24,6 +24,7 @@ _DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 PEPPER_LENGTH = 16  # characters, at least
+MAX_ENGINES = 64
 MAX_DURATION_S = 24 * 3600.0  # no call waits a day, and a poll's milliseconds have 31 bits
 
 
@@ -92,10 +93,24 @@ def address(text: str) -> str:
     return text
 
 
-def device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
-        raise ValueError("must be one device: auto, cpu, mps, cuda or cuda:0")
-    return text
+def devices(text: str) -> tuple[str, ...]:
+    """``auto`` alone, or the device of each engine: ``cpu``, ``cuda:1``, ``cuda:0+cuda:1``."""
+    names = tuple(
+        re.sub(r"\bcuda(?!:)", "cuda:0", "".join(name.split())) for name in text.split(",")
+    )
+    for name in names:
+        if not re.fullmatch(r"auto|cpu|mps|cuda:[0-9]{1,3}(\+cuda:[0-9]{1,3})*", name):
+            raise ValueError(
+                "must be auto, or a device for each engine, such as cpu, mps, cuda:0,cuda:1 or, "
+                "for one engine with two GPUs, cuda:0+cuda:1"
+            )
+        if len(set(name.split("+"))) != len(name.split("+")):
+            raise ValueError(f"names a GPU twice for one engine, {name}")
+    if "auto" in names and len(names) > 1:
+        raise ValueError("must be auto alone, or a device for each engine")
+    if len(names) > MAX_ENGINES:
+        raise ValueError(f"must name at most {MAX_ENGINES} engines")
+    return names
 
 
 def origins(text: str) -> tuple[str, ...]:
@@ -189,7 +204,7 @@ class Config:
     threads: int = _setting("THREADS", whole(1, 1024), 128)
     engine: str = _setting("ENGINE", one_of("process", "inline"), "inline")
     engine_socket: Path | None = _setting("ENGINE_SOCKET", path, None)
-    device: str = _setting("DEVICES", device, "auto")
+    devices: tuple[str, ...] = _setting("DEVICES", devices, ("auto",))
     dtype: str = _setting("DTYPE", one_of("auto", "float32", "float16", "bfloat16"), "auto")
     request_timeout_s: float = _setting("REQUEST_TIMEOUT", duration, 120.0)
     load_wait_s: float = _setting("LOAD_WAIT", duration, 60.0)
@@ -222,6 +237,11 @@ class Config:
             faults.append(
                 "CRANE_ENGINE=process needs CRANE_ENGINE_SOCKET, which gunicorn.conf.py sets; "
                 "without gunicorn.conf.py use CRANE_ENGINE=inline"
+            )
+        if self.engine == "inline" and len(self.devices) > 1:
+            faults.append(
+                f"CRANE_ENGINE=inline is one engine in each HTTP process, and CRANE_DEVICES names "
+                f"{len(self.devices)}"
             )
         if self.max_batch > self.queue_size:
             faults.append(
@@ -279,6 +299,17 @@ class Config:
         return self.auth == "required"
 
     @property
+    def engine_sockets(self) -> list[Path]:
+        """Each engine's socket; ``gunicorn.conf.py`` chooses where."""
+        path = self.engine_socket
+        assert path is not None
+        return [path.with_name(f"{path.name}{index}") for index in range(len(self.devices))]
+
+    @property
     def engine_threads(self) -> tuple[int, int]:
-        """CPU threads for a model: all cores, and the cores less one for each HTTP worker."""
-        return cores(), max(1, cores() - self.workers)
+        """CPU threads for a model: all cores, and the cores less one for each HTTP worker.
+
+        Several engines share the cores.
+        """
+        engines = len(self.devices)
+        return max(1, cores() // engines), max(1, (cores() - self.workers) // engines)

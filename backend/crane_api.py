@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, g, request
 
 from backend.bodies import bare, wanted_format
-from backend.engine.calls import ModelStatus
+from backend.engine.status import nowhere
 from backend.errors import ModelUnavailable
 from backend.http import crane
 from backend.models import run_model
@@ -97,7 +97,7 @@ def describe(spec: ModelSpec, status: dict[str, Any]) -> dict[str, Any]:
         "id": spec.id,
         "task": spec.type,
         "hf_model": spec.hf_model,
-        **(status or ModelStatus().to_wire()),
+        **(status or nowhere()),
         "options": spec.options_schema.describe(),
         "output": task.output,
         "example": {"model_id": spec.id, "input": input_, "options": options},

@@ -34,7 +34,7 @@ def readyz() -> tuple[dict[str, Any], int]:
     except ModelUnavailable as error:
         reasons.append(error.message)
     else:
-        models = status.pop("models")
+        models = status["models"]
         defunct = [model_id for model_id, model in models.items() if model["state"] == "defunct"]
         reasons += [f"{model_id} stopped working." for model_id in defunct]
         reasons += [
@@ -42,7 +42,7 @@ def readyz() -> tuple[dict[str, Any], int]:
             for spec in crane().registry
             if spec.pinned and models.get(spec.id, {}).get("state") != "ready"
         ]
-        condition["engine"] = status
+        condition["engines"] = status["engines"]
         condition["models"] = {
             "unloaded": sum(1 for spec in crane().registry if spec.id not in models),
             **Counter(model["state"] for model in models.values()),

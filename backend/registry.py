@@ -143,6 +143,7 @@ class Entry(StrictSchema):
     memory = ObjectOf(Memory, load_default=dict)
     compile = Boolean(load_default=False)
     max_batch_size = Integer(low=1, high=4096, load_default=32)
+    replicas = Integer(low=1, high=64, load_default=1)
     pinned = Boolean(load_default=False)
     idle_timeout = KeepAlive(load_default=None, allow_none=False)
     cost = CostField(load_default=Cost(per_request=1))
@@ -166,6 +167,7 @@ class ModelSpec:
     memory: Mapping[str, Any] = field(default_factory=dict)
     compile: bool = False
     max_batch_size: int = 32
+    replicas: int = 1
     pinned: bool = False
     idle_timeout: float | None = None  # seconds
     cost: Cost = Cost(per_request=1)

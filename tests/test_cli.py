@@ -197,7 +197,8 @@ def test_models_are_listed_loaded_inspected_and_unloaded(models, gunicorn):
     ]
     inspected = json.loads(models(server, "inspect", "echo").stdout)
     shown = server.get("/crane/models/echo")[1]
-    del inspected["idle_s"], shown["idle_s"]
+    for model in (inspected, *inspected["copies"], shown, *shown["copies"]):
+        del model["idle_s"]
     assert inspected == shown
     assert models(server, "unload", "echo").stderr == "echo is unloaded.\n"
     assert server.get("/crane/models/echo")[1]["state"] == "unloaded"

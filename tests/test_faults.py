@@ -139,7 +139,7 @@ def test_a_load_that_runs_out_of_memory_is_tried_once_more(make_app, sized, add_
     assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
     assert never.tries == 2
     assert state(client, "never") == "unloaded"
-    assert client.get("/readyz").json["engine"]["memory"]["cpu"]["held_bytes"] == 0
+    assert client.get("/readyz").json["engines"][0]["memory"]["cpu"]["held_bytes"] == 0
 
 
 def test_nothing_of_a_failed_batch_is_kept(make_app, add_task):
@@ -298,7 +298,7 @@ def test_a_load_that_hangs_is_given_up(make_app, add_task, events, late):
     gate.set()
 
     def held():
-        return client.get("/readyz").json["engine"]["memory"]["cpu"]["held_bytes"]
+        return client.get("/readyz").json["engines"][0]["memory"]["cpu"]["held_bytes"]
 
     wait_for(lambda: held() == 0)  # what it loaded late is let go
     assert [what for what, _ in events] == (["load", "unload"] if late == "loads" else [])

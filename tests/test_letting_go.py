@@ -11,7 +11,7 @@ from multiprocessing import Pipe
 import pytest
 
 from backend.config import Config
-from backend.engine.client import RemoteEngine
+from backend.engine.remote import RemoteEngine
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, write_models
 from tests.serving import Gunicorn

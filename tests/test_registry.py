@@ -380,7 +380,7 @@ def test_an_entry_takes_every_key_there_is(load):
         "options: {top_k: 4}\nlimits: {top_k: 5}\ndtype: float16\ndevice: cuda:1\n"
         "load: {variant: fp16}\nmax_batch_size: 7\ncompile: true\n"
         "memory: {quantize: int8, offload: model, vae_tiling: true}\n"
-        "cost: {per_request: 1, per_image: 0.5}\npinned: true\nidle_timeout: 5m\n"
+        "cost: {per_request: 1, per_image: 0.5}\npinned: true\nidle_timeout: 5m\nreplicas: 3\n"
     )
     spec = load(entry(text)).get("m")
     assert set(yaml.safe_load(entry(text))["models"][0]) == KEYS
@@ -388,7 +388,7 @@ def test_an_entry_takes_every_key_there_is(load):
     assert (spec.device, spec.max_batch_size) == ("cuda:1", 7)
     assert spec.load_kwargs == {"variant": "fp16"}
     assert spec.compile is True
-    assert (spec.pinned, spec.idle_timeout) == (True, 300)
+    assert (spec.pinned, spec.idle_timeout, spec.replicas) == (True, 300, 3)
     assert spec.memory == {"quantize": "int8", "offload": "model", "vae_tiling": True}
     assert spec.cost == Cost(per_request=1, per_image=0.5)
     assert spec.weights() == "org/name"

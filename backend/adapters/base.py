@@ -92,7 +92,7 @@ class Adapter(ABC):
 
     def __init__(self, spec: ModelSpec, *, device: str = "auto", dtype: str = "auto") -> None:
         self.spec = spec
-        self.device = spec.device if spec.device != "auto" else device
+        self.device = device if device != "auto" else spec.device
         self.dtype = spec.dtype if spec.dtype != "auto" else dtype
         self.revision: str | None = spec.revision
 

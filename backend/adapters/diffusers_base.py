@@ -70,7 +70,7 @@ class DiffusersAdapter(Adapter):
         fit(pipeline, self.spec.memory)
         if "offload" in self.spec.memory:
             offload(pipeline, self.spec.memory["offload"], self.device)
-        else:
+        elif "device_map" not in kwargs:  # which has placed the parts already
             pipeline.to(self.device)
         if self.spec.compile:
             compile_module(self.denoiser, self.device)

@@ -165,9 +165,9 @@ def free(device: str) -> int:
     return min(_available(), _left_in_cgroup())
 
 
-def spare(device: str) -> int:
-    """What models may take of it: all but a margin, for what a run needs besides weights."""
-    return int(free(device) * (1 - MARGIN))
+def spare(free: int) -> int:
+    """What models may take of what is free: a margin is for what a run needs besides weights."""
+    return int(free * (1 - MARGIN))
 
 
 def _available() -> int:

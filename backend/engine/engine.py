@@ -10,6 +10,8 @@ from typing import Any
 from backend.adapters import ADAPTERS
 from backend.config import Config
 from backend.engine.calls import Answer, Call, Job
+from backend.engine.devices import Devices
+from backend.engine.placement import homes
 from backend.engine.pool import WorkerPool
 from backend.errors import CraneError
 from backend.registry import Registry
@@ -20,34 +22,47 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class Engine:
-    """Runs calls on the models of a registry, on one device."""
+    """Runs calls on the models of a registry, on the devices of one engine."""
 
     def __init__(
         self,
         config: Config,
         registry: Registry,
         on_defunct: Callable[[], None] = lambda: None,
+        index: int = 0,
     ) -> None:
-        """``on_defunct`` is called when a model broke in a way that only a new process mends."""
+        """``on_defunct`` is called when a model broke in a way that only a new process mends.
+
+        ``index`` says which of ``CRANE_DEVICES`` it has.
+        """
+        self._devices = Devices(config.devices, index)
+        self._devices.keep_to()
         # Read by the libraries when they are first imported, which is when a model loads.
         os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads[0]))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
-        self._pool = WorkerPool(ADAPTERS, config, on_defunct)
+        self._pool = WorkerPool(ADAPTERS, config, self._devices, on_defunct)
 
     def load_pinned(self) -> None:
-        """Load the models that are to stay loaded, each in a thread of its own."""
+        """Load the models that are to stay loaded here, each in a thread of its own."""
         for spec in self._registry:
-            if spec.pinned:
-                self._pool.load(spec)
+            if spec.pinned and self._devices.index in homes(spec, self._registry, self._devices):
+                try:
+                    self._pool.load(spec)
+                except CraneError as error:
+                    logger.error("%s is pinned and cannot load: %s", spec.id, error)
 
     def control(self, order: str, model_id: str) -> None:
         """Begin to ``load`` a model, or ``unload`` it when its queued work is done.
 
+        To ``prepare`` it is to load it as a call would, which one that failed just now refuses.
         Raises ``ModelNotFound`` and ``ModelUnavailable``.
         """
         spec = self._registry.get(model_id)
-        (self._pool.load if order == "load" else self._pool.unload)(spec)
+        if order == "unload":
+            self._pool.unload(spec)
+        else:
+            self._pool.load(spec, anew=order == "load")
 
     def submit(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> Job:
         """Queue a call; ``on_end`` gets its answer or error, once, in whichever thread has it.
@@ -64,6 +79,7 @@ class Engine:
         models = {model_id: status.to_wire() for model_id, status in self._pool.status().items()}
         threads = int(os.environ["OMP_NUM_THREADS"])
         return {
+            "device": self._devices.name,
             "pid": os.getpid(),
             "threads": threads,
             "memory": self._pool.budgets(),

@@ -10,6 +10,7 @@ from backend.adapters import footprint
 from backend.adapters.base import Adapter
 from backend.config import Config
 from backend.engine.calls import Job, ModelStatus, State
+from backend.engine.devices import Devices
 from backend.engine.residency import Residency
 from backend.engine.worker import Worker
 from backend.errors import ModelUnavailable
@@ -20,12 +21,17 @@ class WorkerPool:
     """Finds a model's worker, or starts one; entries that share weights share a worker."""
 
     def __init__(
-        self, adapters: dict[str, type[Adapter]], config: Config, on_defunct: Callable[[], None]
+        self,
+        adapters: dict[str, type[Adapter]],
+        config: Config,
+        devices: Devices,
+        on_defunct: Callable[[], None],
     ) -> None:
         self._adapters = dict(adapters)
         self._config = config
         self._on_defunct = on_defunct
-        self._residency = Residency(self._budget, footprint.free)
+        self._devices = devices
+        self._residency = Residency(self._budget, self._free)
         self._workers: dict[str, Worker] = {}
         self._closed = False
         self._lock = threading.Lock()  # so that one model never gets two workers
@@ -34,9 +40,12 @@ class WorkerPool:
         """Queue a job with its model's worker. Raises ``ModelUnavailable``, ``Overloaded``."""
         self._worker(spec).submit(job)
 
-    def load(self, spec: ModelSpec) -> None:
-        """Load a model though nobody has called it. Raises ``ModelUnavailable``."""
-        self._worker(spec).want()
+    def load(self, spec: ModelSpec, *, anew: bool = True) -> None:
+        """Load a model though nobody has called it. Raises ``ModelUnavailable``.
+
+        Unless ``anew``, a load that failed just now is not tried again.
+        """
+        self._worker(spec).want(anew=anew)
 
     def unload(self, spec: ModelSpec) -> None:
         """Unload a model as soon as nothing of it is queued or running."""
@@ -54,6 +63,7 @@ class WorkerPool:
                     self._adapter,
                     self._residency,
                     queue_size=self._config.queue_size,
+                    devices=self._devices,
                     threads=self._config.engine_threads,
                     idle_timeout_s=self._config.idle_timeout_s,
                     load_timeout_s=self._config.load_timeout_s,
@@ -89,10 +99,15 @@ class WorkerPool:
         """Each device's bytes for models, and how many of them are held."""
         return self._residency.budgets()
 
-    def _budget(self, device: str) -> int:
+    def _budget(self, memory: str) -> int:
         budget = self._config.memory_budget
-        return footprint.spare(device) if budget is None else budget
+        if budget is None:
+            budget = footprint.spare(self._free(memory))
+        return budget // self._devices.sharers(memory)
+
+    def _free(self, memory: str) -> int:
+        return sum(footprint.free(device) for device in self._devices.parts(memory))
 
     def _adapter(self, spec: ModelSpec) -> Adapter:
-        config = self._config
-        return self._adapters[spec.type](spec, device=config.device, dtype=config.dtype)
+        device = self._devices.local(spec.device)
+        return self._adapters[spec.type](spec, device=device, dtype=self._config.dtype)

@@ -1,8 +1,9 @@
 """An engine as a process: calls come in over a Unix socket, answers go back the same way.
 
-Run as ``python -m backend.engine.server``. Its standard input is its lifeline: when that ends, the
-process that started it is gone or wants it gone, and it finishes its work and exits. Signals to
-the whole group (Ctrl-C, a service manager's SIGTERM) are for the HTTP workers, which drain first.
+Run as ``python -m backend.engine.server 0``, with its place in ``CRANE_DEVICES``. Its standard
+input is its lifeline: when that ends, the process that started it is gone or wants it gone, and it
+finishes its work and exits. Signals to the whole group (Ctrl-C, a service manager's SIGTERM) are
+for the HTTP workers, which drain first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import threading
 from collections import deque
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from backend import logs
 from backend.config import Config
@@ -44,10 +44,13 @@ class Server:
     wake it, so that no connection is closed by one thread while another writes to it.
     """
 
-    def __init__(self, config: Config, path: Path) -> None:
-        self._engine = Engine(config, Registry.load(config.models), on_defunct=self._break)
+    def __init__(self, config: Config, index: int) -> None:
+        """``index`` says which of ``CRANE_DEVICES`` the engine has."""
+        self._engine = Engine(
+            config, Registry.load(config.models), on_defunct=self._break, index=index
+        )
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
+        self._listener.bind(str(config.engine_sockets[index]))
         self._listener.listen(socket.SOMAXCONN)
         self._selector = selectors.DefaultSelector()
         self._outbox: deque[tuple[Connection, str, Answer | CraneError]] = deque()
@@ -173,10 +176,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     config = Config.from_env()
     logs.set_up(config.log_level, config.log_format)
-    assert config.engine_socket is not None
-    path = config.engine_socket
+    index = int(sys.argv[1])
+    path = config.engine_sockets[index]
     path.unlink(missing_ok=True)  # left by an engine that was killed
-    server = Server(config, path)
+    server = Server(config, index)
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()

@@ -1,4 +1,4 @@
-"""Keeps an engine process running, for as long as the process that started it lives.
+"""Keeps the engine processes running, for as long as the process that started it lives.
 
 Run as ``python -m backend.engine.supervisor`` by gunicorn's master, with its standard input as the
 lifeline. It is a process of its own because the master may hold no threads (it forks) and reaps
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO
 
 from backend import logs
 from backend.config import Config
@@ -29,10 +28,12 @@ END_TIMEOUT_S = 20.0  # above the engine's own limit, so that it is killed only 
 
 
 class Supervisor:
-    """Starts the engine, and starts it again when it dies, with a growing pause."""
+    """Starts one engine, and starts it again when it dies, with a growing pause."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], name: str) -> None:
+        """``name`` is the engine's devices'."""
         self._command = command
+        self._name = name
         self._ending = threading.Event()
         self._lock = threading.Lock()  # so that no engine is started after the end
         self._engine: subprocess.Popen[bytes] | None = None
@@ -49,14 +50,13 @@ class Supervisor:
                 pause_s = FIRST_PAUSE_S
             logger.error(
                 "the engine died; starting another",
-                extra={"fields": {"exit_code": code, "pause_s": pause_s}},
+                extra={"fields": {"device": self._name, "exit_code": code, "pause_s": pause_s}},
             )
             self._ending.wait(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
 
-    def end_with(self, lifeline: IO[bytes]) -> None:
-        """Wait for the lifeline's end, then end the engine: by itself, else by force."""
-        lifeline.read()
+    def end(self) -> None:
+        """End the engine: by itself, else by force."""
         with self._lock:
             self._ending.set()
             engine = self._engine
@@ -83,11 +83,19 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     config = Config.from_env()
     logs.set_up(config.log_level, config.log_format)
-    supervisor = Supervisor([sys.executable, "-m", "backend.engine.server"])
-    ender = threading.Thread(target=supervisor.end_with, args=(sys.stdin.buffer,))
-    ender.start()
-    supervisor.run()
-    ender.join()
+    command = [sys.executable, "-m", "backend.engine.server"]
+    supervisors = [
+        Supervisor([*command, str(index)], name) for index, name in enumerate(config.devices)
+    ]
+    keepers = [threading.Thread(target=supervisor.run) for supervisor in supervisors]
+    for keeper in keepers:
+        keeper.start()
+    sys.stdin.buffer.read()
+    enders = [threading.Thread(target=supervisor.end) for supervisor in supervisors]
+    for thread in enders:
+        thread.start()
+    for thread in (*enders, *keepers):
+        thread.join()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine.calls import Item, Job, ModelStatus, State
+from backend.engine.devices import Devices
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.residency import Residency
 from backend.errors import (
@@ -73,6 +74,7 @@ class Worker:
         residency: Residency,
         *,
         queue_size: int,
+        devices: Devices,
         threads: tuple[int, int],
         idle_timeout_s: float,
         load_timeout_s: float,
@@ -87,6 +89,7 @@ class Worker:
         self.adapters = {spec.id: make_adapter(spec)}
         self._residency = residency
         self._queue_size = queue_size
+        self._devices = devices
         self._threads = threads
         self._idle_timeout_s = idle_timeout_s
         self._load_timeout_s = load_timeout_s
@@ -131,10 +134,11 @@ class Worker:
             self.adapters[spec.id] = self._make_adapter(spec)
             self.pinned |= spec.pinned
 
-    def want(self) -> None:
-        """Load, though nobody has called."""
+    def want(self, *, anew: bool) -> None:
+        """Load, though nobody has called; and if ``anew``, though it failed just now."""
         with self._changed:
-            self._retry_at = 0.0
+            if anew:
+                self._retry_at = 0.0
             self._check_open()
             self._wanted = self.state is not State.READY
             if self.state in (State.UNLOADED, State.FAILED):
@@ -200,7 +204,7 @@ class Worker:
             progress=self._watch.progress,
             queue=sum(item.job.call.model_id == model_id for item in list(self._queue)),
             running={"inputs": len(running), **self._progress} if mine else None,
-            device=self._adapter.device if loaded else None,
+            device=self._devices.shown(self._adapter.device) if loaded else None,
             dtype=self._adapter.dtype if loaded else None,
             memory_bytes=self._size[1] if self._size else None,
             load_s=self._load_s,
@@ -282,7 +286,8 @@ class Worker:
             adapter.check_entry()
             device, size = self._size or adapter.place()
             self.state = State.WAITING
-            if not self._residency.take(self, device, size, self._is_wanted):
+            memory = self._devices.memory(device)
+            if not self._residency.take(self, memory, size, self._is_wanted):
                 self.state = State.UNLOADED
                 return False
             self.state = State.LOADING
@@ -311,7 +316,7 @@ class Worker:
         self._stay_s = self._own_stay_s(adapter.spec)
         self.state = State.READY
         fields = {
-            "device": adapter.device,
+            "device": self._devices.shown(adapter.device),
             "dtype": adapter.dtype,
             "memory_bytes": self._size[1],
             "load_s": self._load_s,
@@ -446,7 +451,7 @@ class Worker:
                 self._rest(batch)
             about: dict[str, Any] = {
                 "revision": adapter.revision,
-                "device": adapter.device,
+                "device": self._devices.shown(adapter.device),
                 "dtype": adapter.dtype,
             }
             for item, result in answers:

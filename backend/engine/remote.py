@@ -1,0 +1,206 @@
+"""Engines in processes of their own, reached over Unix sockets."""
+
+from __future__ import annotations
+
+import math
+import select
+import socket
+import threading
+import time
+from multiprocessing.connection import Client as connect_to
+from multiprocessing.connection import Connection
+from typing import Any
+
+from backend.config import Config
+from backend.engine import wire
+from backend.engine.calls import Answer, Call
+from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, caller_gone
+from backend.engine.devices import Devices
+from backend.engine.placement import Placement
+from backend.engine.status import together
+from backend.errors import CraneError, ModelUnavailable
+from backend.registry import Registry
+
+ENGINE_START_S = (
+    5.0  # a restarted engine listens after about half a second; loaded hosts are slower
+)
+STATUS_TIMEOUT_S = 2.0
+
+
+class EngineAway(ModelUnavailable):
+    """The engine is not there, and has read nothing of what it was to be told."""
+
+
+class RemoteEngine(SingleEngine):
+    """An engine in a process of its own, reached over a Unix socket.
+
+    Each thread has a connection of its own with one call on it at a time, so calls wait for no
+    lock and answers cannot cross. A call is cancelled by closing its connection; an engine that
+    dies closes them all, which ends every wait at once.
+    """
+
+    def __init__(self, config: Config, index: int = 0, *, start_s: float = ENGINE_START_S) -> None:
+        """``start_s`` is how long to wait for one that is just starting."""
+        super().__init__(config)
+        self.index = index
+        self.name = config.devices[index]
+        self._path = config.engine_sockets[index]
+        self._start_s = start_s
+        self._local = threading.local()
+
+    def look(self) -> dict[str, Any]:
+        shown: dict[str, Any] = wire.unpack(self._ask(None))
+        return shown
+
+    def control(self, order: str, model_id: str) -> None:
+        answer = wire.unpack_answer(model_id, self._ask([order, model_id]))
+        if isinstance(answer, CraneError):
+            raise answer
+
+    def _ask(self, message: list[str] | None) -> bytes:
+        """What the engine says at once, whatever its models do.
+
+        On a connection of its own, for this thread's may have a call on it.
+        """
+        with self._reach() as connection:
+            try:
+                connection.send_bytes(wire.pack(message))
+            except OSError:
+                raise _engine_gone() from None
+            data = self._receive(connection, STATUS_TIMEOUT_S)
+        if data is None:
+            raise ModelUnavailable("The engine is too busy to say how it is.", retry_after_s=1)
+        return data
+
+    def close(self) -> None:
+        """Nothing to do: the engine is its supervisor's to end."""
+
+    def _submit(self, call: Call) -> tuple[Connection, str]:
+        return self._send(call), call.request_id
+
+    def _wait(
+        self,
+        ticket: tuple[Connection, str],
+        timeout_s: float,
+        caller_socket: socket.socket | None,
+    ) -> Answer | CraneError | None:
+        connection, call_id = ticket
+        data = self._receive(connection, timeout_s, caller_socket)
+        return None if data is None else wire.unpack_answer(call_id, data)
+
+    def _cancel(self, ticket: tuple[Connection, str]) -> None:
+        self._hang_up(ticket[0])
+
+    def _send(self, call: Call) -> Connection:
+        """Send on this thread's connection, or on a new one where its engine has ended."""
+        data = wire.pack(call.to_wire())
+        connection: Connection | None = getattr(self._local, "connection", None)
+        if connection is not None:
+            try:
+                connection.send_bytes(data)
+            except OSError:  # nobody has read any of it, so it may be sent again
+                self._hang_up(connection)
+            else:
+                return connection
+        connection = self._local.connection = self._reach()
+        try:
+            connection.send_bytes(data)
+        except OSError:
+            self._hang_up(connection)
+            raise _engine_gone() from None
+        return connection
+
+    def _receive(
+        self,
+        connection: Connection,
+        timeout_s: float,
+        caller_socket: socket.socket | None = None,
+    ) -> bytes | None:
+        # As ``Connection.poll``, which builds a selector each time and takes 20 µs more.
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        if caller_socket is not None:
+            poll.register(caller_socket, HUNG_UP)
+        ready = poll.poll(max(0, math.ceil(timeout_s * 1e3)))  # below 0 is for ever
+        if not ready:
+            return None
+        if all(fd != connection.fileno() for fd, _ in ready):
+            raise caller_gone()
+        try:
+            return connection.recv_bytes()
+        except (EOFError, OSError):
+            raise _engine_gone() from None
+
+    def _hang_up(self, connection: Connection) -> None:
+        connection.close()
+        self._local.connection = None
+
+    def _reach(self) -> Connection:
+        """Connect to the engine, waiting a little for one that is just starting."""
+        deadline = time.monotonic() + self._start_s
+        while True:
+            try:
+                return connect_to(str(self._path), family="AF_UNIX")
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise EngineAway("The engine is not running.", retry_after_s=5) from None
+            time.sleep(0.02)
+
+
+class SeveralEngines(EngineClient):
+    """An engine for each of ``CRANE_DEVICES``, of which ``Placement`` chooses one for each call."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        super().__init__(config)
+        self._registry = registry
+        self._names = config.devices
+        # Where one is just starting, another may do what is to be done.
+        count = len(self._names)
+        self._engines = [RemoteEngine(config, index, start_s=0) for index in range(count)]
+        lock = config.engine_sockets[0].with_name("placement.lock")
+        self._placement = Placement(self._engines, Devices(self._names), registry, lock)
+
+    def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
+        spec = self._registry.get(call.model_id)
+        deadline = time.monotonic() + ENGINE_START_S
+        while True:
+            with self._placement.place(spec, len(call.inputs)) as chosen:
+                try:
+                    return self._engines[chosen.index].run(call, caller_socket)
+                except EngineAway:  # it died since it was looked at, so another may do it
+                    if time.monotonic() > deadline:
+                        raise
+            time.sleep(0.02)
+            self._placement.look()
+
+    def status(self) -> dict[str, Any]:
+        deadline = time.monotonic() + ENGINE_START_S
+        while not (looks := self._placement.look()):
+            if time.monotonic() > deadline:
+                raise ModelUnavailable("No engine answers.", retry_after_s=5)
+            time.sleep(0.02)
+        return together(self._names, looks)
+
+    def control(self, order: str, model_id: str) -> None:
+        spec = self._registry.get(model_id)
+        self.status()  # or raise
+        if order == "load":
+            self._placement.load(spec)
+        else:
+            self._placement.unload(spec)
+
+    def close(self) -> None:
+        """Nothing to do: the engines are their supervisor's to end."""
+
+
+def reach(config: Config, registry: Registry) -> EngineClient:
+    """The engines whose sockets ``config`` knows."""
+    if len(config.devices) == 1:
+        return RemoteEngine(config)
+    return SeveralEngines(config, registry)
+
+
+def _engine_gone() -> ModelUnavailable:
+    return ModelUnavailable(
+        "The engine stopped while it had your call, and is being started again.", retry_after_s=1
+    )
