@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import ECHO
+from backend.adapters.echo import Echo
+from backend.config import Config
+from backend.engine import placement
+from backend.engine.calls import ModelStatus, State
+from backend.engine.devices import Devices
+from backend.engine.engine import Engine
+from backend.engine.placement import Placement
+from backend.engine.status import nowhere, together
+from backend.registry import Registry
+from tests.conftest import ECHO, write_models
 from tests.serving import ROOT
 
 MB = 10**6
@@ -66,6 +78,151 @@ def at_once(server, count, **body):
     with ThreadPoolExecutor(count) as threads:
         calls = [threads.submit(server.run, **body) for _ in range(count)]
         return [call.result() for call in calls]
+
+
+class Door:
+    """The way to an engine that is in this very process."""
+
+    def __init__(self, engine, index):
+        self.engine, self.index, self.orders = engine, index, []
+
+    def look(self):
+        return self.engine.status()
+
+    def control(self, order, model_id):
+        self.orders.append((order, model_id))
+        self.engine.control(order, model_id)
+
+
+def until_state(door, model_id, state):
+    deadline = time.monotonic() + 10
+    while door.look()["models"][model_id]["state"] != state:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def two_workers(tmp_path, monkeypatch):
+    """What two HTTP workers know of the same engines, which they do not look at unasked."""
+    monkeypatch.setattr(placement, "LOOK_EVERY_S", math.inf)
+    entries = [ECHO | {"id": name} for name in "abcd"] + [ECHO | {"id": "two", "replicas": 2}]
+    models = write_models(tmp_path, entries)
+    config = Config(
+        models=models, engine="process", engine_socket=tmp_path / "x", devices=("cpu", "cpu")
+    )
+    registry = Registry.load(models)
+    doors = [Door(Engine(config, registry, index=index), index) for index in range(2)]
+    devices, lock = Devices(config.devices), tmp_path / "lock"
+    yield registry, doors, [Placement(doors, devices, registry, lock) for _ in range(2)]
+    for door in doors:
+        door.engine.close()
+
+
+def test_a_worker_that_has_not_looked_lately_does_before_it_places_a_model(two_workers):
+    registry, doors, (first, second) = two_workers
+    first.look()
+    second.look()
+    for name in "ab":
+        with first.place(registry.get(name), 1) as door:
+            assert door is doors["ab".index(name)]
+    for name in "ab":  # of which it knows nothing yet
+        with second.place(registry.get(name), 1) as door:
+            assert door is doors["ab".index(name)]
+    assert [door.orders for door in doors] == [[("prepare", "a")], [("prepare", "b")]]
+
+
+def test_no_model_has_more_copies_than_it_may_and_a_loading_one_waits_its_turn(
+    two_workers, monkeypatch
+):
+    registry, doors, (worker, _) = two_workers
+    single, two = registry.get("a"), registry.get("two")
+    with worker.place(single, 100) as first, worker.place(single, 100) as second:
+        assert first is second
+    with worker.place(two, 1) as there:
+        until_state(there, "two", "ready")
+    gate = threading.Event()
+    monkeypatch.setattr(Echo, "load", lambda adapter: gate.wait(30))
+    try:
+        with worker.place(two, two.max_batch_size + 1) as still:
+            assert still is there
+            with worker.place(two, 1) as still:  # the other is told to load, and is not waited for
+                assert still is there
+        assert [door.orders for door in doors].count([("prepare", "two")]) == 1
+        assert sorted(door.look()["models"]["two"]["state"] for door in doors) == [
+            "loading",
+            "ready",
+        ]
+        with worker.place(two, two.max_batch_size + 1), worker.place(two, 1) as still:
+            assert still is there
+    finally:
+        gate.set()
+
+
+def test_a_copy_that_did_not_load_is_not_tried_at_each_call(two_workers, monkeypatch):
+    registry, doors, (worker, _) = two_workers
+    spec = registry.get("two")
+    with worker.place(spec, 1) as there:
+        until_state(there, "two", "ready")
+    tried = []
+
+    def fail(adapter):
+        tried.append(adapter)
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(Echo, "load", fail)
+    with worker.place(spec, spec.max_batch_size + 1):
+        with worker.place(spec, 1) as still:
+            assert still is there
+        other = doors[1 - there.index]
+        until_state(other, "two", "failed")
+        worker.look()
+        for _ in range(5):
+            with worker.place(spec, 1) as still:
+                assert still is there
+            assert other.look()["models"]["two"]["state"] == "failed"
+    assert len(tried) == 1
+
+
+def test_what_engines_say_together():
+    running = {"inputs": 2, "step": 3, "steps": 9}
+    ready = ModelStatus(state=State.READY, queue=2, running=running, device="cuda:1").to_wire()
+    failed = ModelStatus(state=State.FAILED, queue=1, error="no").to_wire()
+    busy = ModelStatus(state=State.READY, queue=3, running={"inputs": 4}, device="cpu").to_wire()
+    looks = {
+        0: {"device": "cuda:0", "pid": 1, "models": {"m": failed, "other": failed}},
+        1: {"device": "cuda:1", "pid": 2, "models": {"m": ready}},
+        3: {"device": "cpu", "pid": 4, "models": {"m": busy}},
+    }
+    told = together(("cuda:0", "cuda:1", "mps", "cpu"), looks)
+    assert told["engines"] == [
+        {"device": "cuda:0", "pid": 1},
+        {"device": "cuda:1", "pid": 2},
+        {"device": "mps", "error": "It does not answer."},
+        {"device": "cpu", "pid": 4},
+    ]
+    model = told["models"]["m"]
+    assert (model["state"], model["device"], model["error"]) == ("ready", "cuda:1", None)
+    assert (model["queue"], model["running"]) == (6, {"inputs": 6, "step": 3, "steps": 9})
+    assert [copy["engine"] for copy in model["copies"]] == [0, 1, 3]
+    assert model["copies"][2] == {"engine": 3, **busy}
+    assert told["models"]["other"] == {**failed, "copies": [{"engine": 0, **failed}]}
+    assert nowhere() == {**ModelStatus().to_wire(), "copies": []}
+
+
+def test_what_a_worker_has_itself_counts_before_it_looks_again(two_workers):
+    registry, doors, (worker, _) = two_workers
+    spec = registry.get("two")
+    worker.load(spec)
+    assert [door.orders for door in doors] == [[("load", "two")]] * 2
+    with ExitStack() as stack:
+        chosen = [stack.enter_context(worker.place(spec, 3)) for _ in range(6)]
+        assert Counter(door.index for door in chosen) == {0: 3, 1: 3}
+        several = stack.enter_context(worker.place(spec, 9))
+        for _ in range(3):
+            assert stack.enter_context(worker.place(spec, 3)) is not several
+    with ExitStack() as stack:  # and all of that is over
+        chosen = [stack.enter_context(worker.place(spec, 1)) for _ in range(2)]
+        assert chosen[0] is not chosen[1]
 
 
 def test_each_engine_is_a_process_with_its_share(engines):
@@ -197,6 +354,8 @@ def test_real_weights_go_where_room_is_and_answer_alike_on_every_engine(engines)
 
 def test_a_model_that_does_not_load_is_not_tried_at_each_call(engines):
     server = engines([ECHO, MINILM | {"id": "broken", "device": "cuda:7"}])
+    assert server.run("broken")[0] == 503
+    assert server.run()[0] == 200  # so that there is more room on the other engine now
     answers = [server.run("broken") for _ in range(6)]
     assert [status for status, _ in answers] == [503] * 6
     assert len(server.log_lines(message="broken did not load")) == 1

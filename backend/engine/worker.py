@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum, auto
 from typing import Any
 
-from backend import metrics
-from backend.adapters.base import Adapter, Batch, Prediction, too_late
+from backend.adapters.base import Adapter
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.devices import Devices
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.residency import Residency
+from backend.engine.runner import Runner, of_like_size, waited_for
 from backend.errors import (
     CraneError,
-    InternalError,
     ModelUnavailable,
     OutOfMemory,
     Overloaded,
@@ -32,9 +30,6 @@ from backend.registry import ModelSpec
 
 logger = logging.getLogger("crane.engine")
 
-# A run of MiniLM costs 5 ms before its first token, and 20 to 60 µs for each: as much as 80 to 250
-# tokens on a CPU. A GPU takes more tokens in that time, a larger model fewer.
-RUN_COSTS_TOKENS = 128
 # A failed load is remembered for 10 s, doubling to 5 min: long enough not to load in a loop,
 # short enough that a mended model comes back by itself.
 FIRST_RETRY_S = 10.0
@@ -86,38 +81,42 @@ class Worker:
         self.used_at = time.monotonic()
         self._specs = {spec.id: spec}
         self._make_adapter = make_adapter
-        self.adapters = {spec.id: make_adapter(spec)}
         self._residency = residency
         self._queue_size = queue_size
         self._devices = devices
-        self._threads = threads
+        self._runner = Runner(
+            {spec.id: make_adapter(spec)},
+            threads=threads,
+            make_room=self._make_room,
+            out_of_memory=self._out_of_memory,
+        )
         self._idle_timeout_s = idle_timeout_s
         self._load_timeout_s = load_timeout_s
         self._on_defunct = on_defunct
         self._stay_s = self._own_stay_s(spec)
-        self._loaded: set[str] = set()
         self._queue: deque[Item] = deque()
         self._running: list[Item] = []
-        self._progress: dict[str, int] = {}
         # One lock, so that nothing is queued after the last look for work.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._wanted = False  # though nobody has called it
         self._leaving = Leaving.NO
-        self._ready_at = float("inf")
         self._watch = LoadWatch({})
         self._load_s: float | None = None
         self._size: tuple[str, int] | None = None  # its device and bytes, once it was loaded
         self._failures = 0
         self._retry_at = 0.0
         self._error: str | None = None
-        self._seconds_per_item = 0.0
-        self._most_at_once = sys.maxsize  # inputs that were not too much for the device
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Those of all entries that share the weights."""
+        return self._runner.adapters
 
     @property
     def _adapter(self) -> Adapter:
-        return self.adapters[self.model_id]
+        return self._runner.first
 
     @property
     def users(self) -> int:
@@ -156,7 +155,7 @@ class Worker:
             if len(self._queue) + len(job.items) > self._queue_size:
                 self._drop_cancelled()
             if len(self._queue) + len(job.items) > self._queue_size:
-                wait_s = max(1.0, len(self._queue) * self._seconds_per_item)
+                wait_s = max(1.0, len(self._queue) * self._runner.seconds_per_item)
                 raise Overloaded(
                     f"{self.model_id} has {len(self._queue)} inputs queued, and "
                     f"{self._queue_size} is the most; try again in {wait_s:.0f} s.",
@@ -203,7 +202,7 @@ class Worker:
             state=self.state,
             progress=self._watch.progress,
             queue=sum(item.job.call.model_id == model_id for item in list(self._queue)),
-            running={"inputs": len(running), **self._progress} if mine else None,
+            running={"inputs": len(running), **self._runner.progress} if mine else None,
             device=self._devices.shown(self._adapter.device) if loaded else None,
             dtype=self._adapter.dtype if loaded else None,
             memory_bytes=self._size[1] if self._size else None,
@@ -309,9 +308,9 @@ class Worker:
                 raise DeviceBroken from error
             self._fail_load(error)
             return False
-        self._ready_at = self.used_at = time.monotonic()
-        self._load_s = round(self._ready_at - started, 3)
-        self._loaded.add(self.model_id)
+        self.used_at = time.monotonic()
+        self._load_s = round(self.used_at - started, 3)
+        self._runner.loaded_at(self.used_at)
         self._failures, self._error, self._wanted = 0, None, False
         self._stay_s = self._own_stay_s(adapter.spec)
         self.state = State.READY
@@ -352,8 +351,7 @@ class Worker:
                     raise
                 logger.warning("%s ran out of memory as it loaded", self.model_id)
             # The error is gone by now, and what its frames held.
-            self._residency.empty(self)
-            release_memory()
+            self._make_room()
             adapter.load()
         except Exception as error:
             if is_out_of_memory(error):
@@ -361,6 +359,11 @@ class Worker:
             raise
         finally:
             alarm.cancel()
+
+    def _make_room(self) -> None:
+        """Have all idle models leave the device."""
+        self._residency.empty(self)
+        release_memory()
 
     def _out_of_memory(self) -> OutOfMemory:
         device = self._residency.device_of(self)
@@ -373,8 +376,8 @@ class Worker:
     def _unload(self) -> None:
         # What comes from now on waits for the next load.
         self.state = State.UNLOADED
-        for model_id in self._loaded:
-            self.adapters[model_id].unload()
+        for adapter in self._runner.loaded():
+            adapter.unload()
         self._renew()
         self._residency.give_back(self)
         logger.info("%s unloaded", self.model_id)
@@ -382,11 +385,9 @@ class Worker:
     def _renew(self) -> None:
         """Take new adapters, that have nothing of the last load."""
         with self._changed:
-            self.adapters = {name: self._make_adapter(spec) for name, spec in self._specs.items()}
-            self._loaded.clear()
-            self._most_at_once = sys.maxsize
+            adapters = {name: self._make_adapter(spec) for name, spec in self._specs.items()}
+            self._runner.renew(adapters)
             self._leaving = Leaving.NO
-            self._ready_at = float("inf")
 
     def _own_stay_s(self, spec: ModelSpec) -> float:
         return self._idle_timeout_s if spec.idle_timeout is None else spec.idle_timeout
@@ -411,7 +412,7 @@ class Worker:
         """Take out of the queue what nobody waits for; the caller holds the lock."""
         if not any(item.job.cancelled for item in self._queue):
             return
-        self._queue = deque(_waited_for(self._queue))
+        self._queue = deque(waited_for(self._queue))
 
     def _next_batch(self) -> list[Item]:
         """Wait for work and take all that may run together; empty once closed and done."""
@@ -434,19 +435,19 @@ class Worker:
             batch: list[Item] = []
             others: deque[Item] = deque()
             spec = self.adapters[self._queue[0].job.call.model_id].spec
-            while self._queue and len(batch) < min(spec.max_batch_size, self._most_at_once):
+            while self._queue and len(batch) < min(spec.max_batch_size, self._runner.most_at_once):
                 item = self._queue.popleft()
                 (batch if item.job.key == key else others).append(item)
             # What was passed over keeps its place at the head.
             self._queue.extendleft(reversed(others))
-            self._running, self._progress = batch, {}
+            self._running, self._runner.progress = batch, {}
         return batch
 
     def _answer(self, batch: list[Item]) -> None:
         adapter = self.adapters[batch[0].job.call.model_id]
-        groups = _of_like_size(batch, adapter.max_batch_tokens)
+        groups = of_like_size(batch, adapter.max_batch_tokens)
         for group in groups:
-            answers = self._run_group(adapter, _waited_for(group))
+            answers = self._runner.run(adapter, waited_for(group))
             if group is groups[-1]:  # whoever is answered finds the model free
                 self._rest(batch)
             about: dict[str, Any] = {
@@ -456,31 +457,6 @@ class Worker:
             }
             for item, result in answers:
                 item.answer(result, about)
-
-    def _run_group(
-        self, adapter: Adapter, items: list[Item]
-    ) -> list[tuple[Item, Prediction | CraneError]]:
-        if not items:
-            return []
-        started = time.monotonic()
-        self._use_threads(len(items))
-        results = self._predict(adapter, items)
-        seconds = time.monotonic() - started
-        self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
-        for place, item in enumerate(items):
-            queued_at = item.job.queued_at
-            load = max(0.0, self._ready_at - queued_at)
-            item.batch_size = len(items)
-            item.timings_ms = {
-                "queue": max(0.0, started - queued_at - load) * 1e3,
-                "load": load * 1e3,
-                "inference": seconds * 1e3,
-            }
-            # What was broken off because nobody waited must not pass for an answer.
-            if item.job.cancelled:
-                metrics.CANCELLED.labels(item.job.call.model_id, "running").inc()
-                results[place] = too_late()
-        return list(zip(items, results, strict=True))
 
     def _rest(self, batch: list[Item]) -> None:
         """Be done with a batch, but for its answers."""
@@ -493,116 +469,3 @@ class Worker:
             idle = not self._queue
         if idle:
             self._residency.look_again()
-
-    def _use_threads(self, items: int) -> None:
-        """Run on all cores, but leave one to each HTTP worker where that is quicker.
-
-        It is for a batch of several in half precision: its operations are so short that threads
-        which the HTTP workers interrupt lose more by waiting for each other than they save. On two
-        cores with 32 callers, one thread gives 559 texts/s in bfloat16 and two give 456; in
-        float32 it is 274 and 332.
-        """
-        torch = sys.modules.get("torch")
-        if torch is None or self._adapter.device != "cpu":
-            return
-        all_cores, fewer = self._threads
-        whole = items == 1 or self._adapter.dtype == "float32" or not self._adapter.spares_cores
-        wanted = all_cores if whole else fewer
-        if torch.get_num_threads() != wanted:
-            torch.set_num_threads(wanted)
-
-    def _predict(
-        self, adapter: Adapter, items: list[Item], last: bool = False
-    ) -> list[Prediction | CraneError]:
-        """Run a batch; if it fails, run its items one by one, so that each fails for itself.
-
-        ``last`` says that it was tried before, and ran out of memory.
-        """
-
-        def progress(done: int, of: int) -> None:
-            self._progress = {"step": done, "steps": of}
-
-        batch = Batch(
-            inputs=[item.input for item in items],
-            options=dict(items[0].job.call.options),
-            seeds=[item.seed for item in items],
-            cancelled=lambda index: items[index].job.cancelled,
-            progress=progress,
-        )
-        if batch.abandoned():  # while the batch failed of which this is one
-            return [too_late()] * len(items)
-        try:
-            if adapter.spec.id not in self._loaded:
-                adapter.load_beside(self._adapter)
-                self._loaded.add(adapter.spec.id)
-            results = adapter.predict(batch)
-            if len(results) != len(items):
-                raise RuntimeError(f"{len(items)} inputs gave {len(results)} outputs")
-        except Exception as error:
-            if batch.abandoned():  # which an adapter may say by breaking off
-                return [too_late()] * len(items)
-            if is_broken_device(error):
-                raise DeviceBroken from error
-            if not is_out_of_memory(error):
-                request_ids = [item.job.call.request_id for item in items]
-                logger.exception(
-                    "%s failed a batch of %d",
-                    adapter.spec.id,
-                    len(items),
-                    extra={"fields": {"request_ids": request_ids}},
-                )
-                if len(items) == 1:
-                    return [error if isinstance(error, CraneError) else InternalError()]
-                return [result for item in items for result in self._predict(adapter, [item])]
-        else:
-            return results
-        # The error is gone by now, and what its frames held.
-        return self._predict_less(adapter, items, last)
-
-    def _predict_less(
-        self, adapter: Adapter, items: list[Item], last: bool
-    ) -> list[Prediction | CraneError]:
-        """Run a batch that was too much for the device: when idle models have left, by halves."""
-        logger.warning("%s ran out of memory with a batch of %d", adapter.spec.id, len(items))
-        if last:
-            return [self._out_of_memory()]
-        self._residency.empty(self)
-        release_memory()
-        half = len(items) // 2
-        if not half:
-            return self._predict(adapter, items, last=True)
-        self._most_at_once = min(self._most_at_once, len(items) - half)
-        return [
-            result
-            for part in (items[:half], items[half:])
-            for result in self._predict(adapter, part)
-        ]
-
-
-def _waited_for(items: Iterable[Item]) -> list[Item]:
-    """Those that somebody waits for; the others are over before they began."""
-    kept = []
-    for item in items:
-        if item.job.cancelled:
-            metrics.CANCELLED.labels(item.job.call.model_id, "queued").inc()
-            item.job.fail(too_late())
-        else:
-            kept.append(item)
-    return kept
-
-
-def _of_like_size(batch: list[Item], max_tokens: int) -> list[list[Item]]:
-    """Split a batch by length where padding it whole would cost more than another run.
-
-    No group passes ``max_tokens`` when padded.
-    """
-    groups: list[list[Item]] = []
-    tokens = 0
-    for item in sorted(batch, key=lambda item: item.size):
-        padded = (len(groups[-1]) + 1) * item.size if groups else 0
-        if not groups or padded > max_tokens or padded - tokens - item.size > RUN_COSTS_TOKENS:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(item)
-        tokens += item.size
-    return groups
