@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,22 @@ from tests.databases import Postgres
 from tests.serving import Gunicorn
 
 ECHO = {"id": "echo", "type": "echo"}
+
+_imported = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Have the garbage collector pass over what modules hold, each time that more are imported.
+
+    A model that is let go has all garbage collected, and to look at what transformers holds takes
+    half a second each time. What a test itself makes is looked at as ever.
+    """
+    global _imported
+    if len(sys.modules) > _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
