@@ -20,6 +20,11 @@ from backend.tasks import TASKS, Options
 from tests.databases import Postgres
 from tests.serving import Gunicorn
 
+# Threads that wait for each other in a spin keep a busy core from whom they wait for: where there
+# are two cores and something else runs too, a test took up to ten times as long. OpenMP reads this
+# when it is first loaded, here and in the servers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ECHO = {"id": "echo", "type": "echo"}
 
 _imported = 0
