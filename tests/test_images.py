@@ -21,9 +21,10 @@ from werkzeug.test import stream_encode_multipart
 from backend.adapters.images import ImageGenerator
 from backend.tasks.images import SCHEDULERS
 from tests.checkpoints import checkpoint, sentence
-from tests.conftest import run, together
+from tests.conftest import run, together, write_models
 from tests.gpu import GPU
 from tests.pictures import base64_of, difference, mask, picture, read, written
+from tests.serving import Gunicorn
 
 __all__ = ["checkpoint"]
 
@@ -35,6 +36,7 @@ TYPES = {
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
 FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux")
 SIDES = {"width": 64, "height": 64}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LIBRARY_SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -102,6 +104,32 @@ def direct(checkpoint):
         return np.asarray(output.images[0])
 
     return call
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """A real server, for its engine takes long to import diffusers.
+
+    It has a cache instead of a Hub, and no compiler, which the entry ``compiled`` wants.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    cached = folder / "hub" / "models--tiny--drawer"
+    shutil.copytree(checkpoint("stable_diffusion"), cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    entries = [{"id": type_, "type": type_, "hf_model": "tiny/drawer"} for type_ in TYPES]
+    entries.append(entry(checkpoint, compile=True) | {"id": "compiled"})
+    settings = {
+        "HF_HOME": folder,
+        "HF_HUB_OFFLINE": 1,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": 1,
+    }
+    server = Gunicorn(write_models(folder, entries), folder / "data", settings)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
 
 
 # Parity.
@@ -378,22 +406,13 @@ def test_entries_that_share_weights_work_side_by_side(make_app, checkpoint, dire
         assert difference(read(answer.json["output"]), expected) <= 1
 
 
-def test_a_checkpoint_in_the_hubs_cache_is_loaded_and_its_commit_told(
-    gunicorn, checkpoint, tmp_path
-):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = tmp_path / "hub" / "models--tiny--drawer"
-    shutil.copytree(checkpoint("stable_diffusion"), cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    entries = [{"id": type_, "type": type_, "hf_model": "tiny/drawer"} for type_ in TYPES]
-    server = gunicorn(entries, HF_HOME=tmp_path, HF_HUB_OFFLINE=1)
+def test_a_checkpoint_in_the_hubs_cache_is_loaded_and_its_commit_told(server):
     for type_ in TYPES:
         status, answer = server.run(
             type_, input_for(type_), options={"num_inference_steps": 2, **SIDES}
         )
         assert status == 200, answer
-        assert answer["metadata"]["revision"] == commit
+        assert answer["metadata"]["revision"] == COMMIT
 
 
 def test_an_entry_that_asks_for_other_weights_of_a_checkpoint_loads_its_own(
@@ -599,8 +618,7 @@ def test_what_a_model_cannot_do_is_refused_by_name(make_app, checkpoint, options
     assert path in answer.json["error"]["details"]
 
 
-def test_a_prompt_may_be_cut_and_the_log_does_not_have_it(gunicorn, checkpoint):
-    server = gunicorn([entry(checkpoint)])
+def test_a_prompt_may_be_cut_and_the_log_does_not_have_it(server):
     options = {"num_inference_steps": 1, **SIDES, "truncate": True}
     assert server.run("text-to-image", "river " * 40, options=options)[0] == 200
     assert "river" not in server.log()
@@ -863,10 +881,8 @@ def test_a_compiled_model_draws_the_same(make_app, checkpoint, direct):
     assert difference(read(answer.json["output"]), expected) <= 1
 
 
-def test_a_model_is_not_compiled_where_there_is_no_compiler(gunicorn, checkpoint):
-    no_compiler = {"CXX": "no-such-compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": 1}
-    server = gunicorn([entry(checkpoint, compile=True)], **no_compiler)
-    status, answer = server.run("text-to-image", "red")
+def test_a_model_is_not_compiled_where_there_is_no_compiler(server):
+    status, answer = server.run("compiled", "red")
     assert status == 503
     assert "nothing can be compiled for cpu here" in answer["error"]["message"]
 
