@@ -6,6 +6,7 @@ What is expected comes from the samples that were written, from scipy, or from P
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import wave
 
@@ -120,6 +121,7 @@ EXACT = ("wav", "wav-24", "wav-float", "wav-double", "flac", "m4a-alac")
 LAYOUTS = ("mono", "stereo")
 
 
+@functools.cache
 def file_of(name, layout="mono"):
     format_, codec, rate = FILES[name]
     samples = SAMPLES if rate == RATE else AT_48K
