@@ -16,6 +16,7 @@ import psycopg
 
 from backend.config import Config
 from backend.keys import Keys
+from tests.serving import wait_for_end
 
 RACERS = 8
 
@@ -47,7 +48,7 @@ class Postgres:
     def stop(self) -> None:
         postmaster = psutil.Process(self._server.get_pid())
         postmaster.send_signal(signal.SIGQUIT)  # at once, whoever is connected
-        postmaster.wait(10)
+        assert not wait_for_end([postmaster], timeout_s=10)
 
     def start(self) -> None:
         self._server.ensure_postgres_running()

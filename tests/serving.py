@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -116,7 +117,7 @@ class Gunicorn:
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise AssertionError(f"did not stop in {timeout_s} s:\n{self.log()}") from None
-        left = psutil.wait_procs(list(self._seen.values()), timeout=20)[1]
+        left = wait_for_end(self._seen.values(), timeout_s=20)
         for process in left:
             process.kill()
         assert not left, f"left behind: {left}"
@@ -124,6 +125,26 @@ class Gunicorn:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def wait_for_end(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Return the processes that still run after so long, or none as soon as all have ended.
+
+    One that has ended may stay in the list of processes for seconds, where its parent is init.
+    """
+    deadline = time.monotonic() + timeout_s
+    while left := [process for process in processes if _runs(process)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command(process: psutil.Process) -> str:
