@@ -24,6 +24,8 @@ from tests.serving import Gunicorn
 # are two cores and something else runs too, a test took up to ten times as long. OpenMP reads this
 # when it is first loaded, here and in the servers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Where this is set, each process of each server compiles all of Crane's modules for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ECHO = {"id": "echo", "type": "echo"}
 
