@@ -457,7 +457,7 @@ def test_the_steps_of_a_run_are_told_while_it_runs(make_app, checkpoint):
     client = make_app([entry(checkpoint)]).test_client()
     options = {"num_inference_steps": 1, **SIDES}
     run(client, "text-to-image", "red", options=options)
-    options["num_inference_steps"] = 150
+    options["num_inference_steps"] = 60
     caller = threading.Thread(
         target=run, args=(client, "text-to-image", ["red", "old"]), kwargs={"options": options}
     )
@@ -472,7 +472,7 @@ def test_the_steps_of_a_run_are_told_while_it_runs(make_app, checkpoint):
     assert len(set(steps)) > 5
     assert steps == sorted(steps)
     assert {running["inputs"] for running in seen} == {2}
-    assert {running["steps"] for running in seen if "steps" in running} == {150}
+    assert {running["steps"] for running in seen if "steps" in running} == {60}
     assert client.get("/crane/models/text-to-image").json["running"] is None
 
 
