@@ -214,6 +214,9 @@ def test_what_a_worker_has_itself_counts_before_it_looks_again(two_workers):
     spec = registry.get("two")
     worker.load(spec)
     assert [door.orders for door in doors] == [[("load", "two")]] * 2
+    for door in doors:
+        until_state(door, "two", "ready")
+    worker.look()
     with ExitStack() as stack:
         chosen = [stack.enter_context(worker.place(spec, 3)) for _ in range(6)]
         assert Counter(door.index for door in chosen) == {0: 3, 1: 3}
