@@ -99,7 +99,7 @@ def list_models() -> None:
                 spec.id,
                 spec.type,
                 model["state"] + (", pinned" if spec.pinned else ""),
-                model["device"] or "-",
+                ", ".join(copy["device"] for copy in model["copies"] if copy["device"]) or "-",
                 "-" if held is None else shown_size(held),
                 str(model["queue"]),
                 "-" if idle_s is None else f"{idle_s:.0f} s",

@@ -39,7 +39,7 @@ def app(checkpoint, tmp_path_factory):
             models=write_models(folder, entries),
             data_dir=folder / "data",
             dtype="float32",
-            device="cpu",
+            devices=("cpu",),
             max_batch=512,
             quota="off",
         )

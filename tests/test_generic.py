@@ -28,7 +28,7 @@ from tests.generic_checkpoints import LABELS
 from tests.gpu import GPU
 from tests.pictures import base64_of, picture, read
 
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 LOW = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_crop": 3}
 
 
@@ -356,7 +356,7 @@ def assert_near(output, expected):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_an_answer_is_what_the_librarys_own_pipeline_gives(make_app, generic, direct, case, device):
-    client = make_app([entry(generic, case.name, case.task)], device=device).test_client()
+    client = make_app([entry(generic, case.name, case.task)], devices=(device,)).test_client()
     for options in case.options:
         answer = run(client, "it", case.value(0), options=options)
         assert answer.status_code == 200, answer.json

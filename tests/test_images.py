@@ -33,7 +33,7 @@ TYPES = {
     "image-to-image": "AutoPipelineForImage2Image",
     "inpainting": "AutoPipelineForInpainting",
 }
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux")
 SIDES = {"width": 64, "height": 64}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -139,7 +139,7 @@ def server(checkpoint, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_picture_is_what_a_direct_call_draws(make_app, checkpoint, direct, family, type_, device):
-    client = make_app([entry(checkpoint, family, type_)], device=device).test_client()
+    client = make_app([entry(checkpoint, family, type_)], devices=(device,)).test_client()
     options = {"num_inference_steps": 4, "guidance_scale": 4.0}
     more = {"strength": 0.8} if type_ != "text-to-image" else {}
     takes_size = type_ == "text-to-image" or family in ("stable_diffusion_3", "flux")
@@ -842,12 +842,12 @@ def test_a_model_that_saves_memory_draws_nearly_the_same(make_app, checkpoint, d
 
 
 @pytest.mark.parametrize("memory", [{"offload": "model"}, {"offload": "sequential"}])
-@pytest.mark.parametrize("mark", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("mark", [pytest.param("cuda:0", marks=GPU)])
 def test_offloaded_entries_of_one_checkpoint_draw_the_same(
     make_app, checkpoint, direct, memory, mark
 ):
     entries = [entry(checkpoint, type_=type_, memory=memory) for type_ in TYPES]
-    client = make_app(entries, device="cuda").test_client()
+    client = make_app(entries, devices=("cuda:0",)).test_client()
     options = {"num_inference_steps": 2, **SIDES}
     for type_ in (*TYPES, *TYPES):  # to and fro
         answer = run(client, type_, input_for(type_), options={**options, "seed": 6})

@@ -6,11 +6,11 @@ import json
 import re
 import socket
 import time
-from multiprocessing import Pipe
 
 import pytest
 
 from backend.config import Config
+from backend.engine.channel import Channel
 from backend.engine.remote import RemoteEngine
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, write_models
@@ -239,9 +239,9 @@ def test_who_leaves_after_the_longest_wait_for_a_load_is_noticed_too(gunicorn):
 
 def test_a_wait_that_has_no_time_left_ends(tmp_path):
     engine = RemoteEngine(Config(data_dir=tmp_path, engine_socket=tmp_path / "engine.sock"))
-    here, there = Pipe()
+    here, there = socket.socketpair()
     with here, there:
-        assert engine._wait((here, "call"), -1.0, None) is None
+        assert engine._wait((Channel(here), "call"), -1.0, None) is None
 
 
 def test_what_a_deadline_stops_is_counted_too(gunicorn):

@@ -351,7 +351,7 @@ class Served:
 
 PLACES = [
     pytest.param(("cpu", "float32"), id="cpu"),
-    pytest.param(("cuda", "bfloat16"), id="cuda", marks=GPU),
+    pytest.param(("cuda:0", "bfloat16"), id="cuda", marks=GPU),
 ]
 
 
@@ -384,7 +384,7 @@ def app(place, folder_of, tmp_path_factory):
         Config(
             models=write_models(folder, entries),
             data_dir=folder / "data",
-            device=device,
+            devices=(device,),
             dtype=dtype,
             log_format="json",
             quota="off",

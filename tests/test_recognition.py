@@ -25,7 +25,7 @@ from tests.gpu import GPU
 from tests.recognition_checkpoints import BUILDERS
 
 TYPE = "automatic-speech-recognition"
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 CTC = ("ctc", "ctc_without_mask", "hubert")
 RATE = 16_000
 WINDOW_S = 6  # of the tiny Whisper; the real one's is 30
@@ -157,7 +157,7 @@ def words_of(answer):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["whisper", "whisper_english", *CTC])
 def test_a_text_is_what_a_direct_call_writes(make_app, checkpoint, direct, name, device):
-    client = make_app([entry(checkpoint, name)], device=device).test_client()
+    client = make_app([entry(checkpoint, name)], devices=(device,)).test_client()
     texts = set()
     for seed in range(3):
         pcm = sound(2.3 + 1.1 * seed, seed)

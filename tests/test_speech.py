@@ -20,7 +20,7 @@ from tests.gpu import GPU
 from tests.sounds import heard
 from tests.speech_checkpoints import BUILDERS
 
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 SPEAKERS = ("vits", "speecht5", "bark")
 KINDS = (*SPEAKERS, "musicgen", "musicgen_stereo")
 TEXTS = [
@@ -110,7 +110,7 @@ def alike(output, expected):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sound_is_what_a_direct_call_makes(make_app, checkpoint, direct, kind, device):
-    client = make_app([entry(checkpoint, kind)], device=device).test_client()
+    client = make_app([entry(checkpoint, kind)], devices=(device,)).test_client()
     answer = run(client, kind, TEXTS[0], options={"seed": 5})
     assert answer.status_code == 200, answer.json
     expected = direct(kind, TEXTS[0], seed=5, device=device)

@@ -20,7 +20,7 @@ from tests.checkpoints import sentence
 from tests.conftest import run, together
 from tests.gpu import GPU
 
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 PROMPTS = [sentence(words, seed) for seed, words in enumerate((3, 1, 4, 2, 5, 2, 3, 1))]
 STEPS = {"num_inference_steps": 3}
 
@@ -101,7 +101,7 @@ def assert_same(output, mesh, format_="glb", near=0.0):
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_mesh_is_what_a_direct_call_makes(make_app, shape_checkpoint, direct, device):
-    client = make_app([entry(shape_checkpoint)], device=device).test_client()
+    client = make_app([entry(shape_checkpoint)], devices=(device,)).test_client()
     options = {**STEPS, "guidance_scale": 6.0}
     answer = run(client, "shapes", "red tower", options={**options, "seed": 5})
     assert answer.status_code == 200, answer.json

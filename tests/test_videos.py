@@ -26,7 +26,7 @@ from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, difference, picture
 
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 # Each family's own class, for each task it does, and the least frames it makes above one.
 OF_TEXTS = {
     "wan": ("WanPipeline", 5),
@@ -129,7 +129,7 @@ def fewest(type_, family):
 def test_a_film_is_what_a_direct_call_makes_alone_and_in_a_batch(
     make_app, checkpoint, direct, type_, family, device
 ):
-    client = make_app([entry(checkpoint, type_, family)], device=device).test_client()
+    client = make_app([entry(checkpoint, type_, family)], devices=(device,)).test_client()
     options = {"num_inference_steps": 3, **SIDES, "num_frames": fewest(type_, family)}
     inputs = [input_for(type_, family, index) for index in range(2)]
     alone = run(client, type_, inputs[0], options={**options, "seed": 5})

@@ -31,7 +31,7 @@ FAMILIES = {
     "dpt": "depth-estimation",
     "depth_anything": "depth-estimation",
 }
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 LABELS = ["a red bird", "the river", "old tower at the harbour"]
 # Options of ours, under which the tiny models find something; most are the pipeline's too.
 OPTIONS = {
@@ -118,7 +118,7 @@ def assert_same(family, output, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_answer_is_what_the_pipeline_gives(make_app, checkpoint, direct, family, device):
-    client = make_app([entry(checkpoint, family)], device=device).test_client()
+    client = make_app([entry(checkpoint, family)], devices=(device,)).test_client()
     for options in OPTIONS.get(family, [{}]):
         answer = run(client, family, input_for(family), options=options)
         assert answer.status_code == 200, answer.json

@@ -29,7 +29,7 @@ TYPES = {
     **dict.fromkeys(CHATS, "image-text-to-text"),
     **dict.fromkeys(ANSWERERS, "visual-question-answering"),
 }
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU)]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda:0", marks=GPU)]
 SHORT = {"max_tokens": 12}
 SIZES = [(70, 60), (110, 60), (60, 70), (64, 64)]
 QUESTIONS = ["the red river", "what is on the old tower?", "green", "the city in the morning"]
@@ -155,7 +155,7 @@ def direct(checkpoint):
 @pytest.mark.parametrize("family", CAPTIONERS + CHATS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_text_is_what_generate_writes(make_app, checkpoint, direct, family, device):
-    client = make_app([entry(checkpoint, family)], device=device).test_client()
+    client = make_app([entry(checkpoint, family)], devices=(device,)).test_client()
     for options, theirs in OPTIONS:
         answer = run(client, family, input_for(family), options=options)
         assert answer.status_code == 200, answer.json
@@ -218,7 +218,7 @@ def test_conversations_with_pictures_run_together(make_app, checkpoint, monkeypa
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_answers_that_are_chosen_have_scores(make_app, checkpoint, direct, device):
-    client = make_app([entry(checkpoint, "vilt")], device=device).test_client()
+    client = make_app([entry(checkpoint, "vilt")], devices=(device,)).test_client()
     for options, top_k in (({}, 5), ({"top_k": 2}, 2)):
         answer = run(client, "vilt", input_for("vilt"), options=options).json
         given = [(one["answer"], one["score"]) for one in answer["output"]]
@@ -231,7 +231,7 @@ def test_answers_that_are_chosen_have_scores(make_app, checkpoint, direct, devic
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_answer_that_is_written_has_none(make_app, checkpoint, direct, device):
-    client = make_app([entry(checkpoint, "blip_vqa")], device=device).test_client()
+    client = make_app([entry(checkpoint, "blip_vqa")], devices=(device,)).test_client()
     for options, most in (({}, 20), ({"max_tokens": 7}, 7)):
         answer = run(client, "blip_vqa", input_for("blip_vqa"), options=options).json
         text = direct("blip_vqa", device=device, max_new_tokens=most)

@@ -38,7 +38,8 @@ class Engine:
         self._devices = Devices(config.devices, index)
         self._devices.keep_to()
         # Read by the libraries when they are first imported, which is when a model loads.
-        os.environ.setdefault("OMP_NUM_THREADS", str(config.engine_threads[0]))
+        self._threads = config.engine_threads[0]
+        os.environ["OMP_NUM_THREADS"] = str(self._threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
         self._pool = WorkerPool(ADAPTERS, config, self._devices, on_defunct)
@@ -77,11 +78,10 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """This process, and every model that was asked for."""
         models = {model_id: status.to_wire() for model_id, status in self._pool.status().items()}
-        threads = int(os.environ["OMP_NUM_THREADS"])
         return {
             "device": self._devices.name,
             "pid": os.getpid(),
-            "threads": threads,
+            "threads": self._threads,
             "memory": self._pool.budgets(),
             "models": models,
         }

@@ -14,26 +14,23 @@ import resource
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from typing import Any
 
 from backend import logs
 from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Job
+from backend.engine.channel import Channel
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
 from backend.errors import CraneError, InternalError
 from backend.registry import Registry
 
 logger = logging.getLogger("crane.engine")
 
-# A caller that neither reads nor writes for so long is stuck, and is cut off: the thread that
-# serves all callers must not wait for one.
-STUCK_S = 2
 BROKEN = 70  # the exit status; EX_SOFTWARE of sysexits.h
 
 
@@ -53,10 +50,10 @@ class Server:
         self._listener.bind(str(config.engine_sockets[index]))
         self._listener.listen(socket.SOMAXCONN)
         self._selector = selectors.DefaultSelector()
-        self._outbox: deque[tuple[Connection, str, Answer | CraneError]] = deque()
+        self._outbox: deque[tuple[Channel, str, Answer | CraneError]] = deque()
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        self._jobs: dict[Connection, Job | None] = {}
+        self._jobs: dict[Channel, Job | None] = {}
         self._stopping = self._broken = False
 
     def serve(self) -> int:
@@ -68,14 +65,14 @@ class Server:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
         while not self._stopping:
-            for key, _ in self._selector.select():
+            for key, events in self._selector.select():
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj is self._woken:
                     self._woken.recv(4096)
                     self._send_answers()
-                elif isinstance(key.fileobj, Connection):
-                    self._receive(key.fileobj)
+                elif isinstance(key.fileobj, Channel):
+                    self._serve(key.fileobj, events)
         return BROKEN if self._broken else 0
 
     def close(self) -> None:
@@ -96,19 +93,21 @@ class Server:
 
     def _accept(self) -> None:
         caller, _ = self._listener.accept()
-        stuck = struct.pack("ll", STUCK_S, 0)
-        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stuck)
-        caller.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stuck)
-        connection = Connection(caller.detach())
-        self._jobs[connection] = None
-        self._selector.register(connection, selectors.EVENT_READ)
+        channel = Channel(caller)
+        self._jobs[channel] = None
+        self._selector.register(channel, selectors.EVENT_READ)
 
-    def _receive(self, caller: Connection) -> None:
+    def _serve(self, caller: Channel, events: int) -> None:
         try:
-            message = wire.unpack(caller.recv_bytes())
+            if events & selectors.EVENT_WRITE and caller.flush():
+                self._selector.modify(caller, selectors.EVENT_READ)
+            if events & selectors.EVENT_READ:
+                for message in caller.receive():
+                    self._take(caller, wire.unpack(message))
         except (EOFError, OSError):  # the caller gave up, or is gone
             self._drop(caller)
-            return
+
+    def _take(self, caller: Channel, message: Any) -> None:
         if message is None:
             self._send(caller, wire.pack(self._engine.status()))
         elif isinstance(message, list):
@@ -116,7 +115,7 @@ class Server:
         else:
             self._run(caller, Call(**message))
 
-    def _run(self, caller: Connection, call: Call) -> None:
+    def _run(self, caller: Channel, call: Call) -> None:
         def on_end(answer: Answer | CraneError) -> None:
             self._outbox.append((caller, call.request_id, answer))
             self._wake_up()
@@ -129,7 +128,7 @@ class Server:
             logger.exception("a call could not be queued")
             self._send(caller, wire.pack_answer(call.request_id, InternalError()))
 
-    def _order(self, caller: Connection, order: str, model_id: str) -> None:
+    def _order(self, caller: Channel, order: str, model_id: str) -> None:
         answer = None
         try:
             self._engine.control(order, model_id)
@@ -150,13 +149,15 @@ class Server:
                 data = wire.pack_answer(call_id, InternalError())
             self._send(caller, data)
 
-    def _send(self, caller: Connection, data: bytes) -> None:
+    def _send(self, caller: Channel, data: bytes) -> None:
+        """Send what the caller takes at once, and the rest when it does: nobody waits for it."""
         try:
-            caller.send_bytes(data)
+            if not caller.send(data):
+                self._selector.modify(caller, selectors.EVENT_READ | selectors.EVENT_WRITE)
         except OSError:
             self._drop(caller)
 
-    def _drop(self, caller: Connection) -> None:
+    def _drop(self, caller: Channel) -> None:
         if caller.closed:  # one look at the sockets may tell of its end twice
             return
         self._selector.unregister(caller)
