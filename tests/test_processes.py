@@ -19,6 +19,8 @@ import psutil
 import pytest
 
 from backend import cores
+from backend.engine import wire
+from backend.engine.calls import Call
 from backend.media import audio, images, video
 from tests.conftest import ECHO
 from tests.pictures import base64_of, picture
@@ -268,6 +270,31 @@ def test_an_answer_that_comes_while_the_engine_is_asked_is_not_lost(gunicorn):
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(calls, names)) == [{200}] * 8
+
+
+def test_who_sends_half_a_message_or_reads_no_answer_holds_up_nobody(gunicorn):
+    server = gunicorn()
+    assert server.run()[0] == 200
+    path = server.engine().environ()["CRANE_ENGINE_SOCKET"] + "0"
+    call = Call(
+        request_id="deaf",
+        model_id="echo",
+        inputs=["much " * 2_000_000],
+        options={"delay_ms": 0},
+        seeds=None,
+        timeout_s=60,
+    )
+    with socket.socket(socket.AF_UNIX) as half, socket.socket(socket.AF_UNIX) as deaf:
+        for end in (half, deaf):
+            end.connect(path)
+        half.sendall(b"\0\0\1\0half")
+        message = wire.pack(call.to_wire())
+        deaf.sendall(len(message).to_bytes(4) + message)
+        time.sleep(0.3)  # for its answer to be there, of which the socket takes a part
+        for _ in range(20):
+            started = time.monotonic()
+            assert server.run()[0] == 200
+            assert time.monotonic() - started < 1
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
