@@ -277,7 +277,7 @@ def test_a_neighbour_who_leaves_changes_nothing_for_who_stays(make_app, shape_ch
     from backend.adapters.base import Batch
     from backend.adapters.three_d import MeshMaker
 
-    app = make_app([entry(shape_checkpoint)], device="cpu")
+    app = make_app([entry(shape_checkpoint)], devices=("cpu",))
     spec = app.extensions["crane"].registry.get("shapes")
     adapter = MeshMaker(spec, device="cpu", dtype="float32")
     adapter.load()
