@@ -19,10 +19,12 @@ from backend.adapters.echo import Echo
 from backend.config import Config
 from backend.engine import placement
 from backend.engine.calls import ModelStatus, State
+from backend.engine.client import EngineClient
 from backend.engine.devices import Devices
 from backend.engine.engine import Engine
 from backend.engine.placement import Placement
 from backend.engine.status import nowhere, together
+from backend.errors import ModelLoading, OutOfMemory
 from backend.registry import Registry
 from tests.conftest import ECHO, write_models
 from tests.serving import ROOT
@@ -207,6 +209,30 @@ def test_what_engines_say_together():
     assert model["copies"][2] == {"engine": 3, **busy}
     assert told["models"]["other"] == {**failed, "copies": [{"engine": 0, **failed}]}
     assert nowhere() == {**ModelStatus().to_wire(), "copies": []}
+
+
+@pytest.mark.parametrize(
+    ("second", "error"),
+    [
+        ({"state": State.WAITING, "error": "m needs 5 GB."}, OutOfMemory),
+        ({"state": State.LOADING}, ModelLoading),
+    ],
+)
+def test_an_order_to_load_does_not_wait_for_ever_for_the_last_copy(second, error):
+    models = [ModelStatus(state=State.READY).to_wire(), ModelStatus(**second).to_wire()]
+    looks = {index: {"models": {"m": model}} for index, model in enumerate(models)}
+
+    class Engines(EngineClient):
+        run = close = None
+
+        def status(self):
+            return together(("cpu", "cpu"), looks)
+
+        def control(self, order, model_id):
+            assert (order, model_id) == ("load", "m")
+
+    with pytest.raises(error, match=r"0\.1 s"):
+        Engines(Config(load_wait_s=0.1)).load("m")
 
 
 def test_what_a_worker_has_itself_counts_before_it_looks_again(two_workers):

@@ -26,6 +26,10 @@ class State(StrEnum):
     DEFUNCT = "defunct"
 
 
+COMING = {State.LOADING, State.WAITING}
+PRESENT = COMING | {State.READY}  # on an engine, now or soon
+
+
 @dataclass(slots=True, kw_only=True)
 class Call:
     """One request for a model: its inputs, and how long its caller waits."""

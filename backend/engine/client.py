@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from backend.config import Config
-from backend.engine.calls import Answer, Call, State
+from backend.engine.calls import COMING, PRESENT, Answer, Call, State
 from backend.engine.residency import shown_size
 from backend.engine.status import nowhere, together
 from backend.errors import (
@@ -72,11 +72,11 @@ class EngineClient(ABC):
         deadline = time.monotonic() + self._load_wait_s
         while True:
             model = self._model(model_id)
-            states = {copy["state"] for copy in model["copies"]}
-            if not states & {State.LOADING, State.WAITING}:
+            coming = [copy for copy in model["copies"] if copy["state"] in COMING]
+            if not coming:
                 break
             if time.monotonic() > deadline:
-                refuse_while_loading(model, model_id, self._load_wait_s)
+                refuse_while_loading(coming[0], model_id, self._load_wait_s)
             time.sleep(LOOK_S)
         if model["state"] == State.READY:
             return
@@ -90,7 +90,7 @@ class EngineClient(ABC):
         """Unload a model once its calls are done; whether it is, after ``CRANE_LOAD_WAIT``."""
         self.control("unload", model_id)
         deadline = time.monotonic() + self._load_wait_s
-        while self._model(model_id)["state"] in (State.WAITING, State.LOADING, State.READY):
+        while self._model(model_id)["state"] in PRESENT:
             if time.monotonic() > deadline:
                 return False
             time.sleep(LOOK_S)

@@ -12,15 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from backend.engine.calls import State
+from backend.engine.calls import PRESENT, State
 from backend.engine.devices import Devices
 from backend.errors import ModelUnavailable
 from backend.registry import ModelSpec
 
 ABOUT = 0.9  # of the most room is as good
 LOOK_EVERY_S = 0.25  # at the engines, for what other HTTP workers have there
-# Where a model is, best first: what is not among them is nowhere.
-PRESENT = (State.READY, State.LOADING, State.WAITING)
 
 
 class Link(Protocol):
