@@ -133,15 +133,14 @@ def registry(tmp_path, *entries):
 )
 def test_a_model_may_live_where_its_device_is(tmp_path, entry, engines):
     [spec] = known = registry(tmp_path, entry)
-    assert homes(spec, known, Devices(FOUR)) == engines
+    assert homes(spec, known, FOUR) == engines
 
 
 def test_pinned_models_are_dealt_out_in_turns(tmp_path):
     pinned = {"pinned": True}
     two, nine = pinned | {"replicas": 2}, pinned | {"replicas": 9}
     known = registry(tmp_path, pinned, {}, two, pinned, nine)
-    three = Devices(("cpu", "cpu", "cpu"))
-    dealt = [homes(spec, known, three) for spec in known]
+    dealt = [homes(spec, known, ("cpu", "cpu", "cpu")) for spec in known]
     assert dealt == [[0], [0, 1, 2], [1, 2], [0], [1, 2, 0]]
 
 

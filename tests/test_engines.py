@@ -20,7 +20,6 @@ from backend.config import Config
 from backend.engine import placement
 from backend.engine.calls import ModelStatus, State
 from backend.engine.client import EngineClient
-from backend.engine.devices import Devices
 from backend.engine.engine import Engine
 from backend.engine.placement import Placement
 from backend.engine.status import nowhere, together
@@ -114,8 +113,8 @@ def two_workers(tmp_path, monkeypatch):
     )
     registry = Registry.load(models)
     doors = [Door(Engine(config, registry, index=index), index) for index in range(2)]
-    devices, lock = Devices(config.devices), tmp_path / "lock"
-    yield registry, doors, [Placement(doors, devices, registry, lock) for _ in range(2)]
+    lock = tmp_path / "lock"
+    yield registry, doors, [Placement(doors, config.devices, registry, lock) for _ in range(2)]
     for door in doors:
         door.engine.close()
 

@@ -104,7 +104,7 @@ class EngineClient(ABC):
 class SingleEngine(EngineClient):
     """One engine."""
 
-    name = "auto"  # its devices
+    name: str  # its devices
 
     @abstractmethod
     def look(self) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Engine:
     def load_pinned(self) -> None:
         """Load the models that are to stay loaded here, each in a thread of its own."""
         for spec in self._registry:
-            if spec.pinned and self._devices.index in homes(spec, self._registry, self._devices):
+            here = homes(spec, self._registry, self._devices.engines)
+            if spec.pinned and self._devices.index in here:
                 try:
                     self._pool.load(spec)
                 except CraneError as error:

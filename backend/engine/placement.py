@@ -33,17 +33,17 @@ class Link(Protocol):
         """Have the engine do something with a model."""
 
 
-def homes(spec: ModelSpec, registry: Iterable[ModelSpec], devices: Devices) -> list[int]:
-    """The engines on which a model may live: those with its device.
+def homes(spec: ModelSpec, registry: Iterable[ModelSpec], engines: Sequence[str]) -> list[int]:
+    """The places of the ``engines`` on which a model may live: those with its device.
 
     A pinned one has as many as it has ``replicas``, and all processes find the same ones: the
     engines get such models in turns, in the order of ``models.yaml``.
     """
-    able = _able(spec, devices.engines)
+    able = _able(spec, engines)
     if not spec.pinned:
         return able
     before = sum(
-        other.replicas for other in _until(spec, registry) if _able(other, devices.engines) == able
+        other.replicas for other in _until(spec, registry) if _able(other, engines) == able
     )
     return [able[(before + turn) % len(able)] for turn in range(min(spec.replicas, len(able)))]
 
@@ -80,11 +80,19 @@ class Placement:
     """
 
     def __init__(
-        self, links: Sequence[Link], devices: Devices, registry: Iterable[ModelSpec], lock: Path
+        self,
+        links: Sequence[Link],
+        names: tuple[str, ...],
+        registry: Iterable[ModelSpec],
+        lock: Path,
     ) -> None:
+        """``links`` go to engines with the devices ``names``, in that order."""
         self._links = links
-        self._devices = devices
+        self._devices = [Devices(names, index) for index in range(len(names))]
         self._registry = registry
+        self._homes = {
+            spec.id: [links[index] for index in homes(spec, registry, names)] for spec in registry
+        }
         self._file = lock
         self._engines: dict[int, dict[str, Any]] = {}  # by index, those that answered
         self._looked_at = -math.inf
@@ -122,7 +130,7 @@ class Placement:
 
     def copies(self, spec: ModelSpec) -> list[Link]:
         """The engines that have a model, or are to have it; after a ``look``."""
-        return [link for link in self._homes(spec) if self._state(link, spec) in PRESENT]
+        return [link for link in self._homes[spec.id] if self._state(link, spec) in PRESENT]
 
     def load(self, spec: ModelSpec) -> None:
         """Have a model on as many engines as it has ``replicas``, though a load failed just now."""
@@ -147,7 +155,7 @@ class Placement:
             return have
 
     def _choose(self, spec: ModelSpec) -> Link:
-        able = self._homes(spec)
+        able = self._homes[spec.id]
         if len(able) == 1:
             return able[0]
         self._look_now_and_then()
@@ -165,9 +173,6 @@ class Placement:
         answering = [link for link in able if link.index in self._engines]
         among = ready or have or answering or able
         return min(among, key=lambda link: self._load(link, spec))
-
-    def _homes(self, spec: ModelSpec) -> list[Link]:
-        return [self._links[index] for index in homes(spec, self._registry, self._devices)]
 
     def _look_now_and_then(self) -> None:
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
@@ -199,7 +204,7 @@ class Placement:
 
         Of engines with about as much, the one with the fewest models.
         """
-        others = [link for link in self._homes(spec) if link not in besides]
+        others = [link for link in self._homes[spec.id] if link not in besides]
         answering = [link for link in others if link.index in self._engines]
         same = [other.id for other in self._registry if _same_weights(spec, other)]
         if having := [link for link in answering if self._present(link) & set(same)]:
@@ -215,7 +220,7 @@ class Placement:
 
     def _room(self, link: Link, spec: ModelSpec) -> float:
         """The bytes that a model may still take of an engine's device."""
-        place = Devices(self._devices.engines, link.index)
+        place = self._devices[link.index]
         try:
             device = place.memory(place.local(spec.device))
         except ModelUnavailable:  # it is not its

@@ -15,7 +15,6 @@ from backend.engine import wire
 from backend.engine.calls import Answer, Call
 from backend.engine.channel import Channel
 from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, caller_gone
-from backend.engine.devices import Devices
 from backend.engine.placement import Placement
 from backend.engine.status import together
 from backend.errors import CraneError, ModelUnavailable
@@ -164,7 +163,7 @@ class SeveralEngines(EngineClient):
         count = len(self._names)
         self._engines = [RemoteEngine(config, index, start_s=0) for index in range(count)]
         lock = config.engine_sockets[0].with_name("placement.lock")
-        self._placement = Placement(self._engines, Devices(self._names), registry, lock)
+        self._placement = Placement(self._engines, self._names, registry, lock)
 
     def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
         spec = self._registry.get(call.model_id)
