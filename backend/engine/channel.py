@@ -66,22 +66,24 @@ class Channel:
             return []
         if not data:
             raise EOFError
-        if not self._in and len(data) == _LENGTH.size + int.from_bytes(data[: _LENGTH.size]):
+        if not self._in and len(data) == _first_end(data):
             return [data[_LENGTH.size :]]
         self._in += data
         messages = []
         while not self._missing():
-            end = self._first_end()
+            end = _first_end(self._in)
             messages.append(bytes(memoryview(self._in)[_LENGTH.size : end]))
             del self._in[:end]
         return messages
 
     def _missing(self) -> int:
         """How many bytes the first message still lacks, as far as is known."""
-        return max(0, self._first_end() - len(self._in))
+        return max(0, _first_end(self._in) - len(self._in))
 
-    def _first_end(self) -> int:
-        length: int = 0
-        if len(self._in) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._in)
-        return _LENGTH.size + length
+
+def _first_end(data: bytes | bytearray) -> int:
+    """Where the first message in ``data`` ends, as far as is known."""
+    length: int = 0
+    if len(data) >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(data)
+    return _LENGTH.size + length

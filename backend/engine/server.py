@@ -101,11 +101,12 @@ class Server:
         try:
             if events & selectors.EVENT_WRITE and caller.flush():
                 self._selector.modify(caller, selectors.EVENT_READ)
-            if events & selectors.EVENT_READ:
-                for message in caller.receive():
-                    self._take(caller, wire.unpack(message))
+            messages = caller.receive() if events & selectors.EVENT_READ else []
         except (EOFError, OSError):  # the caller gave up, or is gone
             self._drop(caller)
+            return
+        for message in messages:
+            self._take(caller, wire.unpack(message))
 
     def _take(self, caller: Channel, message: Any) -> None:
         if message is None:
