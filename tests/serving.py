@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -125,6 +126,17 @@ class Gunicorn:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def wait_for(
+    condition: Callable[[], Any], timeout_s: float = 10.0, *, every_s: float = 0.005
+) -> Any:
+    """Return what a condition gives once that is true of anything."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(every_s)
+    return found
 
 
 def wait_for_end(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:

@@ -18,6 +18,7 @@ from backend.errors import InvalidRequest, ModelUnavailable
 from backend.schemas import Boolean, Integer
 from backend.tasks import TASKS, Options
 from tests.conftest import ECHO, run
+from tests.serving import wait_for
 
 
 def at_once(count, call):
@@ -98,10 +99,7 @@ def queue_up(app, gate, calls):
 
 def wait_for_queue(app, length):
     engine = app.extensions["crane"].engine
-    deadline = time.monotonic() + 10
-    while engine.status()["models"]["gated"]["queue"] != length:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(lambda: engine.status()["models"]["gated"]["queue"] == length)
 
 
 # Loading
@@ -457,13 +455,6 @@ def stopped():
     return lambda: tuple(int(count("gated", where) - before[where]) for where in before)
 
 
-def wait_until_stopped(stopped, wanted):
-    deadline = time.monotonic() + 10
-    while stopped() != wanted:
-        assert time.monotonic() < deadline, stopped()
-        time.sleep(0.002)
-
-
 def test_what_a_deadline_stops_is_counted_by_where_it_was(make_app, gated, gate, stopped):
     app = make_app([gated()], request_timeout_s=0.3)
     with ThreadPoolExecutor(2) as threads:
@@ -474,7 +465,7 @@ def test_what_a_deadline_stops_is_counted_by_where_it_was(make_app, gated, gate,
         gate.open()
     assert call(app, "next").status_code == 200
     assert gate.batches == [[1, 2], ["next"]]
-    wait_until_stopped(stopped, (3, 2))
+    wait_for(lambda: stopped() == (3, 2))
 
 
 def test_the_rest_of_a_batch_that_runs_in_parts_never_starts(make_app, gated, gate, stopped):
@@ -487,7 +478,7 @@ def test_the_rest_of_a_batch_that_runs_in_parts_never_starts(make_app, gated, ga
     gate.open()
     assert call(app, "next").status_code == 200
     assert gate.batches == [["short"], ["next"]]
-    wait_until_stopped(stopped, (1, 1))
+    wait_for(lambda: stopped() == (1, 1))
 
 
 def test_of_a_batch_that_failed_what_nobody_waits_for_is_not_tried_again(
@@ -522,7 +513,7 @@ def test_of_a_batch_that_failed_what_nobody_waits_for_is_not_tried_again(
         assert stays.result().json["output"] == "stays"
         assert first.result().status_code == 200
     assert gate.batches == [["first"], ["leaves", "stays"], ["stays"]]
-    wait_until_stopped(stopped, (0, 1))
+    wait_for(lambda: stopped() == (0, 1))
 
 
 # Limits

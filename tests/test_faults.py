@@ -15,8 +15,8 @@ import torch
 from backend.adapters.echo import Echo
 from backend.engine import faults
 from tests.conftest import ECHO, run, together
-from tests.serving import ROOT
-from tests.test_residency import MB, Sized, events, sized, state, unloads, wait_for
+from tests.serving import ROOT, wait_for
+from tests.test_residency import MB, Sized, events, sized, state, unloads
 
 __all__ = ["events", "sized"]
 

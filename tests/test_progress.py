@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from backend.adapters import progress
 from backend.adapters.echo import Echo
 from backend.adapters.progress import LoadWatch
+from tests import serving
 from tests.checkpoints import large_llama
 from tests.conftest import run
 from tests.hub import Hub
@@ -26,12 +28,7 @@ def look_often(monkeypatch):
     monkeypatch.setattr(progress, "LOOK_S", 0.005)
 
 
-def wait_for(condition, timeout_s=20):
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return found
+wait_for = partial(serving.wait_for, timeout_s=20)
 
 
 # Fetching
@@ -70,7 +67,7 @@ def test_who_waits_for_a_download_is_told_how_far_it_is(gunicorn, hub, llama, tm
         shown = error["details"]["progress"]
         return shown and shown["done_bytes"] > 20 * MB and (error, shown, headers)
 
-    error, shown, headers = wait_for(told, 60)
+    error, shown, headers = wait_for(told, timeout_s=60)
     assert (shown["stage"], shown["total_bytes"]) == ("download", total)
     assert shown["done_bytes"] < 25 * MB
     assert 1 <= int(headers["Retry-After"]) <= 60
@@ -79,7 +76,7 @@ def test_who_waits_for_a_download_is_told_how_far_it_is(gunicorn, hub, llama, tm
     meanwhile = server.get("/crane/models/m")[1]
     assert (meanwhile["state"], meanwhile["progress"]["stage"]) == ("loading", "download")
     hub.go_on.set()
-    wait_for(lambda: server.get("/crane/models/m")[1]["state"] == "ready", 60)
+    wait_for(lambda: server.get("/crane/models/m")[1]["state"] == "ready", timeout_s=60)
     assert server.get("/crane/models/m")[1]["progress"] is None
     assert server.run("m", "the river", options={"max_tokens": 2})[0] == 200
 

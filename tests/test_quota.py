@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -18,6 +19,7 @@ from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import tiers
 from backend.schemas import Integer
 from backend.tasks import TASKS
+from tests import serving
 from tests.conftest import ECHO, run
 from tests.valkey import Valkey
 
@@ -475,11 +477,7 @@ class Load:
         return {status for _, status, _ in calls}, max(took for _, _, took in calls)
 
 
-def wait_for(condition, timeout_s=10):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+wait_for = partial(serving.wait_for, every_s=0.05)
 
 
 WIDE = "free 1000000/second concurrency=1000"

@@ -24,7 +24,7 @@ from backend.engine.calls import Call, Job
 from backend.errors import ModelUnavailable
 from backend.keys import Keys
 from tests.conftest import run
-from tests.serving import ROOT
+from tests.serving import ROOT, wait_for
 
 MB = 1_000_000
 
@@ -72,13 +72,6 @@ def sized(add_task, events):
 
 def state(client, model_id):
     return client.get(f"/crane/models/{model_id}").json["state"]
-
-
-def wait_for(condition, timeout_s=10):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def loads(events):
