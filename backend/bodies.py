@@ -17,7 +17,9 @@ from backend.registry import ModelSpec
 from backend.tasks import TASKS
 
 JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
 MAX_FORM_PARTS = 100
+PARTS = ("model_id", "input", "options", "stream")  # of a form, beside those of its input
 HEADER_TEXT = 200  # characters of one option's text in X-Crane-Metadata
 
 
@@ -45,9 +47,9 @@ def json_of(data: bytes | str, at: str) -> Any:
 def form_body() -> dict[str, Any]:
     """The form's parts as the JSON body they stand for.
 
-    ``model_id`` and ``input.…`` are text, ``input.…`` or ``input`` may be files, ``options`` is
-    JSON. ``input`` by itself is text; where there are ``input.…`` too, it is the JSON object that
-    they are put into. Raises ``InvalidRequest``.
+    ``model_id`` and ``input.…`` are text, ``input.…`` or ``input`` may be files, ``options`` and
+    ``stream`` are JSON. ``input`` by itself is text; where there are ``input.…`` too, it is the
+    JSON object that they are put into. Raises ``InvalidRequest``.
     """
     parts: dict[str, Any] = {}
     faults: dict[str, str] = {}
@@ -55,14 +57,13 @@ def form_body() -> dict[str, Any]:
         at = name[:80]
         if name in parts:
             faults[at] = "is there twice; send a batch as JSON"
-        elif name not in ("model_id", "input", "options") and not re.fullmatch(r"input\.\w+", name):
-            faults[at] = "is not a part that is known here: model_id, input, input.… or options"
+        elif name not in PARTS and not re.fullmatch(r"input\.\w+", name):
+            faults[at] = f"is not a part that is known here: {', '.join(PARTS)} or input.…"
         parts[name] = value
     if faults:
         raise InvalidRequest.of(faults)
     body: dict[str, Any] = {name: parts[name] for name in ("model_id", "input") if name in parts}
-    if "options" in parts:
-        body["options"] = json_part(parts["options"], "options")
+    body |= {n: json_part(parts[n], n) for n in ("options", "stream") if n in parts}
     if inside := {name: parts[name] for name in parts if name.startswith("input.")}:
         body["input"] = json_part(body.get("input", "{}"), "input")
         if type(body["input"]) is not dict:
@@ -89,6 +90,15 @@ def form_parts() -> Iterator[tuple[str, str | Upload]]:
     for name, file in request.files.items(multi=True):
         with file.stream:
             yield name, Upload(file.stream.read(), file.mimetype or None)
+
+
+def wants_stream(body: dict[str, Any]) -> bool:
+    """Whether the answer is to be a stream: as the body says, or else as the Accept header does."""
+    if body["stream"] is not None:
+        return bool(body["stream"])
+    if "text/event-stream" not in request.headers.get("Accept", ""):
+        return False
+    return request.accept_mimetypes.best_match([JSON, EVENT_STREAM]) == EVENT_STREAM
 
 
 def wanted_format(spec: ModelSpec, options: Any) -> str | None:

@@ -6,12 +6,13 @@ from typing import Any
 
 from flask import Blueprint, Response, g, request
 
-from backend.bodies import bare, wanted_format
+from backend.bodies import bare, wanted_format, wants_stream
 from backend.engine.status import nowhere
 from backend.errors import ModelUnavailable
 from backend.http import crane
-from backend.models import run_model
+from backend.models import run_model, stream_model
 from backend.registry import ModelSpec
+from backend.streams import streamed
 from backend.tasks import TASKS
 
 bp = Blueprint("crane", __name__, url_prefix="/crane")
@@ -21,20 +22,29 @@ bp = Blueprint("crane", __name__, url_prefix="/crane")
 def run() -> Response | dict[str, Any]:
     known: Any = g._get_current_object()
     body, spec = known.body, known.spec  # which the hook has read, and found
+    if wants_stream(body):
+        return streamed(
+            stream_model(
+                crane(),
+                spec.id,
+                body["input"],
+                body["options"],
+                request_id=known.request_id,
+                caller_socket=request.environ.get("gunicorn.socket"),
+            )
+        )
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
-    parts = crane()
-    with parts.admission():
-        output, metadata = run_model(
-            parts,
-            spec.id,
-            body["input"],
-            body["options"],
-            request_id=known.request_id,
-            one_output=format_ is not None,
-            caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
-        )
+    output, metadata = run_model(
+        crane(),
+        spec.id,
+        body["input"],
+        body["options"],
+        request_id=known.request_id,
+        one_output=format_ is not None,
+        caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
+    )
     known.usage = metadata["usage"]
     known.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
     if format_ is not None:

@@ -49,21 +49,22 @@ class OrjsonProvider(JSONProvider):
     """orjson for every JSON of the app: it takes numpy arrays as they are."""
 
     def dumps(self, obj: Any, **kwargs: Any) -> str:
-        return self._dump(obj).decode()
+        return to_json(obj).decode()
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
         return orjson.loads(s)
 
     def response(self, *args: Any, **kwargs: Any) -> Response:
         body = self._prepare_response_obj(args, kwargs)
-        return Response(self._dump(body), mimetype="application/json")
+        return Response(to_json(body), mimetype="application/json")
 
-    @staticmethod
-    def _dump(body: Any) -> bytes:
-        # Media is a dataclass, and orjson would take it apart by itself.
-        options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-        options |= orjson.OPT_PASSTHROUGH_DATACLASS
-        return orjson.dumps(body, default=_dump_media, option=options)
+
+def to_json(value: Any) -> bytes:
+    """JSON without line ends; raises ``TypeError``."""
+    # Media is a dataclass, and orjson would take it apart by itself.
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    options |= orjson.OPT_PASSTHROUGH_DATACLASS
+    return orjson.dumps(value, default=_dump_media, option=options)
 
 
 def _dump_media(value: Any) -> Any:
@@ -143,25 +144,38 @@ def begin() -> None:
 
 def finish(response: Response) -> Response:
     known: Any = g._get_current_object()
-    rule, status = request.url_rule, response.status_code
+    rule, method, status = request.url_rule, request.method, response.status_code
+    route = rule.rule if rule else None
     add_headers({"X-Request-ID": known.request_id})
-    fields = {
-        "request_id": known.request_id,
-        "method": request.method,
-        "route": rule.rule if rule else None,
-        "status": status,
-        "duration_ms": round((time.perf_counter() - known.started) * 1e3, 2),
-        **known.log,
-    }
-    logger.info("request", extra={"fields": fields})
-    metrics.REQUESTS.labels(fields["route"] or "none", status).inc()
+
+    def record() -> None:
+        fields = {
+            "request_id": known.request_id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "duration_ms": round((time.perf_counter() - known.started) * 1e3, 2),
+            **known.log,
+        }
+        logger.info("request", extra={"fields": fields})
+        metrics.REQUESTS.labels(route or "none", status).inc()
+
+    if known.get("streams"):
+        response.call_on_close(record)
+    else:
+        record()
     return response
+
+
+def error_body(error: CraneError, request_id: str) -> dict[str, Any]:
+    """What every error looks like to callers."""
+    told = {"code": error.code, "message": error.message, "details": error.details}
+    return {"error": told, "request_id": request_id}
 
 
 def render(error: CraneError) -> Response:
     g.log["error"] = error.code
-    body: dict[str, Any] = {"code": error.code, "message": error.message, "details": error.details}
-    response = jsonify(error=body, request_id=g.request_id)
+    response = jsonify(error_body(error, g.request_id))
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from socket import socket
 from threading import BoundedSemaphore
@@ -14,12 +14,12 @@ from typing import Any
 
 from backend.callers import Callers
 from backend.config import Config
-from backend.engine.calls import Answer, Call
+from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import EngineClient
 from backend.errors import InvalidRequest, NotAcceptable, Overloaded
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
-from backend.registry import ModelSpec, Registry
+from backend.registry import Registry
 from backend.schemas import check_depth, check_text, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
@@ -70,38 +70,121 @@ def run_model(
     that can be delivered and there would be several; ``ClientClosedRequest`` where there is a
     ``caller_socket``, and its other end is closed while the model runs.
     """
-    started = time.perf_counter()
-    spec = crane.registry.get(model_id)
-    task = TASKS[spec.type]
-    applied = load(spec.options_schema, options, "options")
-    keep_alive_s = applied.pop("keep_alive")  # which changes no output
-    batched = type(input_) is list
-    if one_output and (batched or task.outputs(applied) > 1):
-        raise NotAcceptable(
-            "Several outputs cannot be sent as bare bytes: ask for one, or send "
-            "Accept: application/json."
+    asked = Asked(crane, model_id, input_, options, request_id)
+    if one_output:
+        asked.check_one_output()
+    with crane.admission(), crane.media.reading() as reading:
+        answer = crane.engine.run(asked.call(reading), caller_socket)
+    return asked.finish(answer)
+
+
+def stream_model(
+    crane: Crane,
+    model_id: str,
+    input_: Any,
+    options: Any,
+    *,
+    request_id: str,
+    caller_socket: socket | None = None,
+) -> Generator[Event | None]:
+    """Run a model as ``run_model`` does, and tell of it: its events, its ``output``, ``done``.
+
+    None says that there was nothing to tell for ``IDLE_S``. Whoever stops listening, by closing
+    the generator, stops the work. Raises what ``run_model`` raises, wherever it happens.
+    """
+    asked = Asked(crane, model_id, input_, options, request_id)
+    with (
+        crane.admission(),
+        crane.media.reading() as reading,
+        closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
+    ):
+        for told in stream:
+            if isinstance(told, Answer):
+                answer = told
+            else:
+                yield asked.shown(told) if told else None
+    output, metadata = asked.finish(answer)
+    yield Event("output", {"output": output})
+    yield Event("done", {"metadata": metadata})
+
+
+class Asked:
+    """A call for a model whose options are sound; from it come the engine's call and the receipt.
+
+    Raises ``ModelNotFound`` and ``InvalidRequest``.
+    """
+
+    def __init__(
+        self, crane: Crane, model_id: str, input_: Any, options: Any, request_id: str
+    ) -> None:
+        self._started = time.perf_counter()
+        self._config = crane.config
+        self._spec = crane.registry.get(model_id)
+        self._task = TASKS[self._spec.type]
+        self._options = load(self._spec.options_schema, options, "options")
+        self._keep_alive_s = self._options.pop("keep_alive")  # which changes no output
+        self._input = input_
+        self._batched = type(input_) is list
+        self._request_id = request_id
+        self._seeds: list[int] | None = None
+
+    def check_one_output(self) -> None:
+        if self._batched or self._task.outputs(self._options) > 1:
+            raise NotAcceptable(
+                "Several outputs cannot be sent as bare bytes: ask for one, or send "
+                "Accept: application/json."
+            )
+
+    def call(self, reading: Reading, *, stream: bool = False) -> Call:
+        """What the engine gets, the input's media read; raises ``InvalidRequest``."""
+        inputs = load_inputs(self._config, self._task, self._input, reading)
+        self._seeds = draw_seeds(self._task, self._options, len(inputs))
+        return Call(
+            request_id=self._request_id,
+            model_id=self._spec.id,
+            inputs=inputs,
+            # A seed is an input's own: calls that differ in nothing else share a batch.
+            options={name: value for name, value in self._options.items() if name != "seed"},
+            seeds=self._seeds,
+            timeout_s=max(0.0, self._config.request_timeout_s - reading.fetching_s),
+            keep_alive_s=self._keep_alive_s,
+            stream=stream,
         )
-    with crane.media.reading() as reading:
-        inputs = load_inputs(crane.config, task, input_, reading)
-        seeds = draw_seeds(task, applied, len(inputs))
-        answer = crane.engine.run(
-            Call(
-                request_id=request_id,
-                model_id=model_id,
-                inputs=inputs,
-                # A seed is an input's own: calls that differ in nothing else share a batch.
-                options={name: value for name, value in applied.items() if name != "seed"},
-                seeds=seeds,
-                timeout_s=max(0.0, crane.config.request_timeout_s - reading.fetching_s),
-                keep_alive_s=keep_alive_s,
-            ),
-            caller_socket,
-        )
-    applied |= common(answer.applied)
-    metadata = receipt(spec, answer, applied, seeds, batched=batched, request_id=request_id)
-    outputs = [task.dump(output, applied) for output in answer.outputs]
-    metadata["timings_ms"]["total"] = round((time.perf_counter() - started) * 1e3, 2)
-    return outputs if batched else outputs[0], metadata
+
+    def shown(self, event: Event) -> Event:
+        """An event of the engine as callers see it."""
+        if event.kind == "start":
+            told = dict(event.data)
+            timings_ms = rounded(told.pop("timings_ms"))
+            return Event("start", {"metadata": {**self._about(**told), "timings_ms": timings_ms}})
+        return event
+
+    def finish(self, answer: Answer) -> tuple[Any, dict[str, Any]]:
+        """The output and the receipt."""
+        self._options |= common(answer.applied)
+        metadata = self._about(answer.revision, answer.device, answer.dtype)
+        metadata |= facts(answer, batched=self._batched)
+        outputs = [self._task.dump(output, self._options) for output in answer.outputs]
+        total_ms = (time.perf_counter() - self._started) * 1e3
+        metadata["timings_ms"] = rounded({**answer.timings_ms, "total": total_ms})
+        metadata["batch_size"] = answer.batch_size
+        return outputs if self._batched else outputs[0], metadata
+
+    def _about(self, revision: str | None, device: str, dtype: str) -> dict[str, Any]:
+        """What a receipt says before the output is known."""
+        known: dict[str, Any] = {
+            "model_id": self._spec.id,
+            "task": self._spec.type,
+            "hf_model": self._spec.hf_model,
+            "revision": revision,
+            "device": device,
+            "dtype": dtype,
+            "request_id": self._request_id,
+            "options": dict(self._options),
+        }
+        if self._seeds is not None:
+            known["seed"] = self._seeds if self._batched else self._seeds[0]
+        return known
 
 
 def load_inputs(config: Config, task: Task, input_: Any, reading: Reading) -> list[Any]:
@@ -148,35 +231,18 @@ def common(applied: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: first[name] for name in first if all(one[name] == first[name] for one in applied)}
 
 
-def receipt(
-    spec: ModelSpec,
-    answer: Answer,
-    options: dict[str, Any],
-    seeds: list[int] | None,
-    *,
-    batched: bool,
-    request_id: str,
-) -> dict[str, Any]:
-    """What a caller is told beside the output; facts of a batch are lists in its order."""
-    metadata: dict[str, Any] = {
-        "model_id": spec.id,
-        "task": spec.type,
-        "hf_model": spec.hf_model,
-        "revision": answer.revision,
-        "device": answer.device,
-        "dtype": answer.dtype,
-        "request_id": request_id,
-        "options": options,
-    }
-    if seeds is not None:
-        metadata["seed"] = seeds if batched else seeds[0]
+def facts(answer: Answer, *, batched: bool) -> dict[str, Any]:
+    """What an answer tells of its outputs, in lists for a batch, and its ``usage``."""
+    told: dict[str, Any] = {}
     for name in sorted({name for facts in answer.facts for name in facts}):
         values = [facts.get(name) for facts in answer.facts]
-        metadata[name] = values if batched else values[0]
+        told[name] = values if batched else values[0]
     usage: Counter[str] = Counter()
     for counts in answer.usage:
         usage.update(counts)
-    metadata["usage"] = dict(usage)
-    metadata["timings_ms"] = {name: round(ms, 2) for name, ms in answer.timings_ms.items()}
-    metadata["batch_size"] = answer.batch_size
-    return metadata
+    told["usage"] = dict(usage)
+    return told
+
+
+def rounded(timings_ms: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(ms, 2) for name, ms in timings_ms.items()}

@@ -7,9 +7,9 @@ from typing import Any
 from flask import Blueprint, Flask, Request, Response, g, request
 
 from backend.bodies import request_body
-from backend.errors import ClientClosedRequest
+from backend.errors import ClientClosedRequest, CraneError
 from backend.http import add_headers, crane
-from backend.meter import Lease, quota_headers, units
+from backend.meter import Lease, Meter, quota_headers, units
 from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
 from backend.schemas import RunRequest, load
@@ -81,15 +81,19 @@ def settle(response: Response) -> Response:
     only the engine knows, and to leave must not be a way to use it for nothing.
     """
     known: Any = g._get_current_object()
-    lease: Lease | None = known.pop("lease", None)
+    lease: Lease | None = known.get("lease")
     if lease is None:
         return response
+    standing: Decision | None = lease.standing
+    if known.get("streams"):
+        add_headers(quota_headers(lease.call.tier, lease.standing))
+        return response  # ``settle_stream`` will, at its end
+    known.lease = None
     cost = 0
     if response.status_code == ClientClosedRequest.status:
         cost = lease.call.cost
     elif response.status_code < 400:
         cost = known.spec.cost.settle(known.usage)
-    standing: Decision | None = lease.standing
     meter = crane().meter
     if cost == lease.call.cost and lease.has_room:
         # The answer need not wait for it: the caller cannot miss that place until its next call.
@@ -99,6 +103,19 @@ def settle(response: Response) -> Response:
     if standing is not None:
         add_headers(quota_headers(lease.call.tier, standing))
     return response
+
+
+def settle_stream(meter: Meter, known: Any, failed: CraneError | None) -> None:
+    """Settle what an answer cost that was streamed, as ``settle`` does for the others."""
+    lease: Lease | None = known.get("lease")
+    if lease is None:
+        return
+    cost = 0
+    if isinstance(failed, ClientClosedRequest):
+        cost = lease.call.cost
+    elif failed is None:
+        cost = known.spec.cost.settle(known.usage)
+    meter.settle(lease, cost)
 
 
 @bp.get("/quota")

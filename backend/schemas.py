@@ -222,6 +222,7 @@ class RunRequest(StrictSchema):
     model_id = Text(required=True)
     input = Anything(required=True)
     options = StrictField(load_default=dict)
+    stream = Boolean(load_default=None)  # unset, the Accept header says it
 
 
 def load(schema: Schema | fields.Field[Any], data: Any, at: str = "") -> Any:

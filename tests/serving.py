@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,11 @@ class Gunicorn:
         finally:
             connection.close()
 
+    def stream(self, model_id="echo", input="hello", timeout_s=60, **body) -> Stream:
+        """POST /crane/run for a stream of events."""
+        body = {"model_id": model_id, "input": input, "stream": True, **body}
+        return Stream(self.port, json.dumps(body).encode(), timeout_s)
+
     def stop(self, timeout_s: float = 30) -> None:
         """End it as a service manager does, and check that nothing is left."""
         self.processes()
@@ -126,6 +131,47 @@ class Gunicorn:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+class Stream:
+    """An answer's server-sent events as they come: ``(name, data)``, and ``(":", comment)``."""
+
+    def __init__(self, port: int, body: bytes, timeout_s: float = 60, **headers: str) -> None:
+        headers = {"Content-Type": "application/json", **headers}
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+        self._connection.request("POST", "/crane/run", body, headers)
+        self._response = self._connection.getresponse()
+        self.status, self.headers = self._response.status, self._response.headers
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        lines: list[str] = []
+        while line := self._response.readline():
+            text = line.decode().rstrip("\n")
+            if text:
+                lines.append(text)
+            elif lines[0].startswith(":"):
+                yield ":", lines.pop(0)[1:].strip()
+            else:
+                name, data = (part.partition(": ")[2] for part in lines)
+                lines.clear()
+                yield name, json.loads(data)
+        self.leave()
+
+    def until(self, name: str) -> Any:
+        """The data of the next event of that name."""
+        return next(data for event, data in self if event == name)
+
+    def json(self) -> Any:
+        """The answer where it is no stream."""
+        answer = json.loads(self._response.read())
+        self.leave()
+        return answer
+
+    def leave(self) -> None:
+        self._response.close()
+        self._connection.close()
+
+    __del__ = leave
 
 
 def wait_for(

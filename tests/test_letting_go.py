@@ -11,7 +11,7 @@ import pytest
 
 from backend.config import Config
 from backend.engine.channel import Channel
-from backend.engine.remote import RemoteEngine
+from backend.engine.remote import RemoteEngine, Ticket
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, write_models
 from tests.serving import Gunicorn, wait_for
@@ -234,7 +234,7 @@ def test_a_wait_that_has_no_time_left_ends(tmp_path):
     engine = RemoteEngine(Config(data_dir=tmp_path, engine_socket=tmp_path / "engine.sock"))
     here, there = socket.socketpair()
     with here, there:
-        assert engine._wait((Channel(here), "call"), -1.0, None) is None
+        assert engine._wait(Ticket(Channel(here), "call"), -1.0, None) is None
 
 
 def test_what_a_deadline_stops_is_counted_too(gunicorn):

@@ -45,7 +45,7 @@ def commands():
         if kind == "sh":
             after = BLOCKS[place + 1] if place + 1 < len(BLOCKS) else ("", "")
             for command in text.replace("\\\n", "").splitlines():
-                yield command, after[1] if after[0] == "json" else None
+                yield command, after[1] if after[0] in ("json", "text") else None
 
 
 CURLS = [(command, shown) for command, shown in commands() if command.startswith("curl ")]
@@ -74,6 +74,12 @@ def parse(shown):
     """The JSON of a shown answer; ``…`` stands for what was left out."""
     text = re.sub(r",\s*…\s*\]", ', "…"]', shown)
     return json.loads(re.sub(r",\s*…\s*\}", ', "…": null}', text))
+
+
+def parse_events(shown):
+    """The names and the JSON of a stream's events."""
+    blocks = [block.split("\n") for block in shown.strip().split("\n\n")]
+    return [[name.removeprefix("event: "), parse(data[6:])] for name, data in blocks]
 
 
 def differences(shown, real, at="answer"):
@@ -174,7 +180,8 @@ def test_every_curl_is_answered_as_shown(shipped, tmp_path):
                 assert drawn.size == (128, 96)
             continue
         assert shown, f"no answer is shown for {command}"
-        if found := differences(parse(shown), json.loads(answer)):
+        read = parse_events if shown.startswith("event: ") else parse
+        if found := differences(read(shown), read(answer)):
             wrong[command] = found
     assert wrong == {}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch
+from backend.adapters.completion import Completion
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def leaving(batch: Batch, places: list[int]) -> Any:
 
 
 class Ending:
-    """When each row of a batch ends: at its room, a stop string, or when nobody waits for it.
+    """When each row of a batch ends: as its completion does, or when nobody waits for it.
 
     transformers' own stop strings look at the prompt's last characters too, and build a table of
     the whole vocabulary for each list of strings; here only what was written is looked at.
@@ -73,16 +74,18 @@ class Ending:
 
     def __init__(
         self,
+        completions: list[Completion],
         *,
-        room: list[int],
         start: int,
+        room: list[int],
         stop: list[str],
         decode: Callable[[list[int]], str],
         cancelled: Callable[[int], bool],
     ) -> None:
-        self.room = room
-        self.written: list[int | None] = [None] * len(room)  # tokens, for rows that have ended
+        """Writing begins in the column ``start``; ``room`` is how many tokens each row may get."""
+        self._completions = completions
         self._start = start
+        self._room = room
         self._stop = stop
         self._decode = decode
         self._cancelled = cancelled
@@ -103,23 +106,29 @@ class Ending:
         return Stopping()
 
     def _ended(self, input_ids: Any) -> list[bool]:
+        beams = input_ids.shape[0] // len(self._completions)
+        if beams > 1:
+            return self._beams_ended(input_ids, beams)
+        for completion, token in zip(self._completions, input_ids[:, -1].tolist(), strict=True):
+            if not completion.ended:
+                completion.take(token)
+        return [
+            completion.ended or self._cancelled(row)
+            for row, completion in enumerate(self._completions)
+        ]
+
+    def _beams_ended(self, input_ids: Any, beams: int) -> list[bool]:
+        """Which of the beams are over, any of which may be the text in the end."""
         written = input_ids.shape[1] - self._start
-        beams = input_ids.shape[0] // len(self.room)
-        over = [self._cancelled(row) or written >= most for row, most in enumerate(self.room)]
-        if beams == 1:
-            over = [
-                ends or before is not None for ends, before in zip(over, self.written, strict=True)
-            ]
-        ended = [ends for ends in over for _ in range(beams)]
-        if self._stop:
-            tails = input_ids[:, self._start :][:, -self._tail :].tolist()
-            ended = [ends or self._stops(tail) for ends, tail in zip(ended, tails, strict=True)]
-        if beams == 1:
-            self.written = [
-                written if ends and before is None else before
-                for ends, before in zip(ended, self.written, strict=True)
-            ]
-        return ended
+        ended = [
+            self._cancelled(row) or written >= most
+            for row, most in enumerate(self._room)
+            for _ in range(beams)
+        ]
+        if not self._stop:
+            return ended
+        tails = input_ids[:, self._start :][:, -self._tail :].tolist()
+        return [ends or self._stops(tail) for ends, tail in zip(ended, tails, strict=True)]
 
     def _stops(self, tail: list[int]) -> bool:
         text = self._decode(tail)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction
+from backend.adapters.completion import Completion
 from backend.adapters.decoding import Ending, sampling
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -102,11 +103,16 @@ class Generator(TransformersAdapter):
         import torch
 
         options = batch.options
+        completions = [
+            self.completion(prompt, most, batch, place)
+            for place, prompt, most in zip(places, prompts, room, strict=True)
+        ]
         ending = Ending(
-            room=room,
+            completions,
             start=start,
+            room=room,
             stop=options["stop"],
-            decode=self._text,
+            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
             cancelled=lambda row: batch.cancelled(places[row]),
         )
         with torch.inference_mode():
@@ -118,12 +124,37 @@ class Generator(TransformersAdapter):
                 ),
                 stopping_criteria=[ending.criterion()],
             )
-        return [
-            self._prediction(row[start:][:written], prompt, most, options)
-            for row, written, prompt, most in zip(
-                output.tolist(), ending.written, prompts, room, strict=True
-            )
-        ]
+        if options["num_beams"] > 1:
+            for completion, row in zip(completions, output.tolist(), strict=True):
+                self._take_beam(completion, row[start:])
+        return [completion.prediction() for completion in completions]
+
+    def completion(self, prompt_tokens: int, room: int, batch: Batch, place: int) -> Completion:
+        """What is to be written for a place of a batch."""
+        # Which of several beams the text will be is not known before its end.
+        listens = batch.listens(place) and batch.options["num_beams"] == 1
+        return Completion(
+            self.tokenizer,
+            prompt_tokens=prompt_tokens,
+            room=room,
+            ends=self.ends,
+            stop=batch.options["stop"],
+            tell=(lambda text: batch.tell(place, "delta", {"text": text})) if listens else None,
+        )
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
+
+    def _take_beam(self, completion: Completion, ids: list[int]) -> None:
+        """Take the best of a row's beams, which end on their own and are padded to the longest."""
+        while ids and ids[-1] == (self.tokenizer.pad_token_id or 0) and ids[-1] not in self.ends:
+            ids = ids[:-1]
+        for token in ids:
+            if not completion.ended:
+                completion.take(token)
 
     def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompts as one tensor, and the mask of what is no padding.
@@ -159,33 +190,6 @@ class Generator(TransformersAdapter):
         config.repetition_penalty = options["repetition_penalty"]
         config.pad_token_id = self.tokenizer.pad_token_id or 0
         return config
-
-    def _prediction(
-        self, ids: list[int], prompt_tokens: int, most: int, options: dict[str, Any]
-    ) -> Prediction:
-        ids, ended = self._until_end(ids, options["num_beams"])
-        text = self._text(ids)
-        if places := [at for stop in options["stop"] if (at := text.find(stop)) >= 0]:
-            text, ended = text[: min(places)], True
-        usage = {"input_tokens": prompt_tokens, "output_tokens": len(ids)}
-        reason = "length" if not ended and len(ids) >= most else "stop"
-        return Prediction(text, usage, {"finish_reason": reason})
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    def _until_end(self, ids: list[int], num_beams: int) -> tuple[list[int], bool]:
-        """A row's tokens up to and with its end token; whether it has one."""
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        for place, token in enumerate(ids):
-            if token in ends:
-                return ids[: place + 1], True
-        if num_beams > 1:  # beams end on their own, and are padded to the longest
-            while ids and ids[-1] == (self.tokenizer.pad_token_id or 0):
-                ids = ids[:-1]
-        return ids, False
 
 
 class CausalGenerator(Generator):

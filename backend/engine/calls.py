@@ -30,6 +30,20 @@ COMING = {State.LOADING, State.WAITING}
 PRESENT = COMING | {State.READY}  # on an engine, now or soon
 
 
+@dataclass(slots=True)
+class Event:
+    """What a call that streams is told before its answer.
+
+    ``start`` once, when its first input begins to run: ``revision``, ``device``, ``dtype`` and the
+    ``timings_ms`` so far. Then, each with the ``index`` of the input that it is about, ``delta``
+    with a ``text`` that goes on from the last, and ``progress`` with how many ``steps`` of how many
+    are done (``step``), and sometimes a ``preview``.
+    """
+
+    kind: str
+    data: dict[str, Any]
+
+
 @dataclass(slots=True, kw_only=True)
 class Call:
     """One request for a model: its inputs, and how long its caller waits."""
@@ -41,6 +55,7 @@ class Call:
     seeds: list[int] | None
     timeout_s: float
     keep_alive_s: float | None = None
+    stream: bool = False  # whether to tell of it before its answer
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -96,9 +111,11 @@ class Job:
     ``fail`` may come from any thread.
     """
 
-    def __init__(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> None:
+    def __init__(self, call: Call, tell: Callable[[Event | Answer | CraneError], None]) -> None:
+        """``tell`` gets the call's answer or error, once and last, and before it its events."""
         self.call = call
-        self._on_end = on_end
+        self._tell = tell
+        self._begun = False
         self.queued_at = time.monotonic()
         self.deadline = self.queued_at + call.timeout_s
         # Items with equal keys may share a batch.
@@ -122,12 +139,22 @@ class Job:
         self._cancelled = True
         self._end(error)
 
+    def begin(self, about: Mapping[str, Any], timings_ms: Mapping[str, float]) -> None:
+        """Tell a call that streams that the first of its inputs begins to run."""
+        if self.call.stream and not self._begun:
+            self._begun = True
+            self.tell("start", {**about, "timings_ms": timings_ms})
+
+    def tell(self, kind: str, data: dict[str, Any]) -> None:
+        if not self._cancelled:
+            self._tell(Event(kind, data))
+
     def _end(self, answer: Answer | CraneError) -> None:
         with self._lock:
             if self._ended:
                 return
             self._ended = True
-        self._on_end(answer)
+        self._tell(answer)
 
     def _item_done(self, about: Mapping[str, Any]) -> None:
         self._open -= 1
@@ -167,12 +194,24 @@ class Job:
 class Item:
     """One input of a job, in a worker's queue."""
 
-    __slots__ = ("batch_size", "error", "index", "job", "prediction", "size", "timings_ms")
+    __slots__ = (
+        "_again",
+        "_told",
+        "batch_size",
+        "error",
+        "index",
+        "job",
+        "prediction",
+        "size",
+        "timings_ms",
+    )
 
     def __init__(self, job: Job, index: int) -> None:
         self.job = job
         self.index = index
         self.size = 1
+        self._told = ""  # of its text
+        self._again = ""  # what of that another run still has to repeat
         self.prediction: Prediction | None = None
         self.error: CraneError | None = None
         self.batch_size = 0
@@ -185,6 +224,27 @@ class Item:
     @property
     def seed(self) -> int | None:
         return self.job.call.seeds[self.index] if self.job.call.seeds else None
+
+    def tell(self, kind: str, data: dict[str, Any]) -> None:
+        """Tell a call that streams of this input's run."""
+        if not self.job.call.stream:
+            return
+        if kind == "delta":
+            text = data["text"]
+            if self._again:  # which the caller has
+                known = min(len(text), len(self._again))
+                if text[:known] != self._again[:known]:
+                    raise RuntimeError("a run that was begun anew wrote another text")
+                self._again, text = self._again[known:], text[known:]
+            if not text:
+                return
+            self._told += text
+            data = {**data, "text": text}
+        self.job.tell(kind, {"index": self.index, **data})
+
+    def begin_again(self) -> None:
+        """What a run that failed has told is not to be told twice."""
+        self._again = self._told
 
     def answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
         if isinstance(result, CraneError):

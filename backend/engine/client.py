@@ -7,10 +7,12 @@ import select
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 from backend.config import Config
-from backend.engine.calls import COMING, PRESENT, Answer, Call, State
+from backend.engine.calls import COMING, PRESENT, Answer, Call, Event, State
 from backend.engine.residency import shown_size
 from backend.engine.status import nowhere, together
 from backend.errors import (
@@ -22,6 +24,7 @@ from backend.errors import (
     OutOfMemory,
 )
 
+IDLE_S = 5.0  # a caller that streams hears at least that often that it is still there
 LOOK_S = 0.05  # between looks at a model that loads or unloads
 RETRY_S, LONGEST_RETRY_S = 10.0, 60.0  # where it is not known how long a load takes; and at most
 STAGES = {"download": "downloaded", "load": "read"}
@@ -30,19 +33,28 @@ STAGES = {"download": "downloaded", "load": "read"}
 HUNG_UP: int = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 
+Stream = Generator[Event | Answer | None]
+
+
 class EngineClient(ABC):
     """Runs calls on the engines, wherever they are and however many."""
 
     def __init__(self, config: Config) -> None:
         self._load_wait_s = config.load_wait_s
 
-    @abstractmethod
     def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
-        """Return the answer, or raise the error that the caller shall see.
+        """Return the answer, or raise the error that the caller shall see, as ``stream`` does."""
+        with closing(self.stream(call, caller_socket)) as stream:
+            return next(told for told in stream if isinstance(told, Answer))
 
-        ``DeadlineExceeded`` after ``call.timeout_s``; ``ModelLoading`` where the model is still
-        loading after ``CRANE_LOAD_WAIT``; ``ClientClosedRequest`` once the other end of
-        ``caller_socket`` is closed. Whoever stops waiting frees the call's place.
+    @abstractmethod
+    def stream(self, call: Call, caller_socket: socket.socket | None = None) -> Stream:
+        """Hand a call over, and give what is told of it: the events, if it streams, and the answer.
+
+        None says that there was nothing for ``IDLE_S``. Raises ``DeadlineExceeded`` after
+        ``call.timeout_s``; ``ModelLoading`` where the model is still loading after
+        ``CRANE_LOAD_WAIT``; ``ClientClosedRequest`` once the other end of ``caller_socket`` is
+        closed. Whoever stops waiting, by closing the generator, frees the call's place.
 
         A caller that has closed only its sending half, as ``nc -N`` does, counts as gone, as it
         does for nginx: it looks the same as one that has closed both.
@@ -113,27 +125,33 @@ class SingleEngine(EngineClient):
     def status(self) -> dict[str, Any]:
         return together([self.name], {0: self.look()})
 
-    def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
-        deadline = time.monotonic() + call.timeout_s
+    def stream(self, call: Call, caller_socket: socket.socket | None = None) -> Stream:
+        started = time.monotonic()
+        deadline = started + call.timeout_s
+        wait_s = min(self._load_wait_s, call.timeout_s)
+        look_at = started + wait_s  # at the model, should it still be loading then
         ticket = self._submit(call)
+        ended = False
         try:
-            wait_s = min(self._load_wait_s, call.timeout_s)
-            answer = self._wait(ticket, wait_s, caller_socket)
-            if answer is None:
-                self._refuse_while_loading(call.model_id, wait_s)
-                answer = self._wait(ticket, deadline - time.monotonic(), caller_socket)
-        except BaseException:
-            self._cancel(ticket)
-            raise
-        if answer is None:
-            self._cancel(ticket)
-            raise DeadlineExceeded(
-                f"{call.model_id} did not answer within {call.timeout_s:g} s. "
-                "Ask for less at once, or raise CRANE_REQUEST_TIMEOUT."
-            )
-        if isinstance(answer, CraneError):
-            raise answer
-        return answer
+            while not ended:
+                now = time.monotonic()
+                until = min(deadline, look_at, now + IDLE_S)
+                told = self._wait(ticket, until - now, caller_socket)
+                ended = isinstance(told, Answer | CraneError)
+                if isinstance(told, CraneError):
+                    raise told
+                if told is None and time.monotonic() >= look_at:
+                    look_at = math.inf
+                    self._refuse_while_loading(call.model_id, wait_s)
+                if told is None and time.monotonic() >= deadline:
+                    raise DeadlineExceeded(
+                        f"{call.model_id} did not answer within {call.timeout_s:g} s. "
+                        "Ask for less at once, or raise CRANE_REQUEST_TIMEOUT."
+                    )
+                yield told
+        finally:
+            if not ended:
+                self._cancel(ticket)
 
     def _refuse_while_loading(self, model_id: str, waited_s: float) -> None:
         try:
@@ -149,8 +167,11 @@ class SingleEngine(EngineClient):
     @abstractmethod
     def _wait(
         self, ticket: Any, timeout_s: float, caller_socket: socket.socket | None
-    ) -> Answer | CraneError | None:
-        """Wait for a call's answer; None when the time is up. Raises ``ClientClosedRequest``."""
+    ) -> Event | Answer | CraneError | None:
+        """Wait for what is told next of a call; None when the time is up.
+
+        Raises ``ClientClosedRequest``.
+        """
 
     @abstractmethod
     def _cancel(self, ticket: Any) -> None:

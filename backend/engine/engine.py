@@ -9,7 +9,7 @@ from typing import Any
 
 from backend.adapters import ADAPTERS
 from backend.config import Config
-from backend.engine.calls import Answer, Call, Job
+from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.devices import Devices
 from backend.engine.placement import homes
 from backend.engine.pool import WorkerPool
@@ -66,13 +66,14 @@ class Engine:
         else:
             self._pool.load(spec, anew=order == "load")
 
-    def submit(self, call: Call, on_end: Callable[[Answer | CraneError], None]) -> Job:
-        """Queue a call; ``on_end`` gets its answer or error, once, in whichever thread has it.
+    def submit(self, call: Call, tell: Callable[[Event | Answer | CraneError], None]) -> Job:
+        """Queue a call; ``tell`` gets its answer or error, once, in whichever thread has it.
 
-        Raises ``ModelNotFound``, ``ModelUnavailable`` or ``Overloaded`` where it is not queued.
+        Where the call streams, it gets its events before. Raises ``ModelNotFound``,
+        ``ModelUnavailable`` or ``Overloaded`` where it is not queued.
         ``Job.cancel`` says that nobody waits for it any more.
         """
-        job = Job(call, on_end)
+        job = Job(call, tell)
         self._pool.submit(self._registry.get(call.model_id), job)
         return job
 

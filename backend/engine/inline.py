@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from backend.config import Config
-from backend.engine.calls import Answer, Call, Job
+from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.client import HUNG_UP, SingleEngine, caller_gone
 from backend.engine.engine import Engine
 from backend.errors import CraneError
@@ -49,17 +49,17 @@ class InlineEngine(SingleEngine):
         if first:
             self._engine.load_pinned()
 
-    def _submit(self, call: Call) -> tuple[Job, SimpleQueue[Answer | CraneError]]:
+    def _submit(self, call: Call) -> tuple[Job, SimpleQueue[Event | Answer | CraneError]]:
         self._begin()
-        answers: SimpleQueue[Answer | CraneError] = SimpleQueue()
-        return self._engine.submit(call, answers.put), answers
+        told: SimpleQueue[Event | Answer | CraneError] = SimpleQueue()
+        return self._engine.submit(call, told.put), told
 
     def _wait(
         self,
-        ticket: tuple[Job, SimpleQueue[Answer | CraneError]],
+        ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]],
         timeout_s: float,
         caller_socket: socket.socket | None,
-    ) -> Answer | CraneError | None:
+    ) -> Event | Answer | CraneError | None:
         until = time.monotonic() + timeout_s
         most_s = math.inf if caller_socket is None else LOOK_EVERY_S
         while (left_s := until - time.monotonic()) > 0:
@@ -69,7 +69,7 @@ class InlineEngine(SingleEngine):
                 raise caller_gone()
         return None
 
-    def _cancel(self, ticket: tuple[Job, SimpleQueue[Answer | CraneError]]) -> None:
+    def _cancel(self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]) -> None:
         ticket[0].cancel()
 
 

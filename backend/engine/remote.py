@@ -7,14 +7,15 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import closing
 from typing import Any
 
 from backend.config import Config
 from backend.engine import wire
-from backend.engine.calls import Answer, Call
+from backend.engine.calls import Answer, Call, Event
 from backend.engine.channel import Channel
-from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, caller_gone
+from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, Stream, caller_gone
 from backend.engine.placement import Placement
 from backend.engine.status import together
 from backend.errors import CraneError, ModelUnavailable
@@ -28,6 +29,24 @@ STATUS_TIMEOUT_S = 2.0
 
 class EngineAway(ModelUnavailable):
     """The engine is not there, and has read nothing of what it was to be told."""
+
+
+class Ticket:
+    """A call that was sent, and what is told of it that was not looked at yet."""
+
+    def __init__(self, channel: Channel, call_id: str) -> None:
+        self.channel = channel
+        self.told: deque[Any] = deque()  # ``Event``, ``Answer`` or ``CraneError``
+        self._call_id = call_id
+
+    def take(self, messages: list[bytes]) -> None:
+        for message in messages:
+            told: Any = wire.unpack_answer(self._call_id, message)
+            last: Any = self.told[-1] if self.told else None
+            if _go_together(last, told):  # whoever is slower than the model gets more at once
+                last.data["text"] += told.data["text"]
+            else:
+                self.told.append(told)
 
 
 class RemoteEngine(SingleEngine):
@@ -67,15 +86,15 @@ class RemoteEngine(SingleEngine):
                 channel.send(wire.pack(message))
             except OSError:
                 raise _engine_gone() from None
-            data = self._receive(channel, deadline)
-        if data is None:
+            messages = self._receive(channel, deadline)
+        if not messages:
             raise ModelUnavailable("The engine is too busy to say how it is.", retry_after_s=1)
-        return data
+        return messages[0]
 
     def close(self) -> None:
         """Nothing to do: the engine is its supervisor's to end."""
 
-    def _submit(self, call: Call) -> tuple[Channel, str]:
+    def _submit(self, call: Call) -> Ticket:
         """Send on this thread's connection, or on a new one where its engine has ended."""
         data = wire.pack(call.to_wire())
         channel: Channel | None = getattr(self._local, "channel", None)
@@ -85,35 +104,36 @@ class RemoteEngine(SingleEngine):
             except OSError:  # nobody has read any of it, so it may be sent again
                 self._hang_up(channel)
             else:
-                return channel, call.request_id
+                return Ticket(channel, call.request_id)
         channel = self._local.channel = self._reach()
         try:
             channel.send(data)
         except OSError:
             self._hang_up(channel)
             raise _engine_gone() from None
-        return channel, call.request_id
+        return Ticket(channel, call.request_id)
 
     def _wait(
-        self,
-        ticket: tuple[Channel, str],
-        timeout_s: float,
-        caller_socket: socket.socket | None,
-    ) -> Answer | CraneError | None:
-        channel, call_id = ticket
-        data = self._receive(channel, time.monotonic() + timeout_s, caller_socket)
-        return None if data is None else wire.unpack_answer(call_id, data)
+        self, ticket: Ticket, timeout_s: float, caller_socket: socket.socket | None
+    ) -> Event | Answer | CraneError | None:
+        if not ticket.told:
+            deadline = time.monotonic() + timeout_s
+            ticket.take(self._receive(ticket.channel, deadline, caller_socket))
+        return ticket.told.popleft() if ticket.told else None
 
-    def _cancel(self, ticket: tuple[Channel, str]) -> None:
-        self._hang_up(ticket[0])
+    def _cancel(self, ticket: Ticket) -> None:
+        self._hang_up(ticket.channel)
 
     def _receive(
         self,
         channel: Channel,
         deadline: float,
         caller_socket: socket.socket | None = None,
-    ) -> bytes | None:
-        """The next message, with what is left to be sent sent before; None at the deadline."""
+    ) -> list[bytes]:
+        """The messages that come next, with what is left to be sent sent before.
+
+        None of them at the deadline.
+        """
         poll = select.poll()
         if caller_socket is not None:
             poll.register(caller_socket, HUNG_UP)
@@ -124,17 +144,18 @@ class RemoteEngine(SingleEngine):
                 left_s = deadline - time.monotonic()
                 ready = poll.poll(max(0, math.ceil(left_s * 1e3)))  # below 0 is for ever
                 if not ready:
-                    return None
+                    return []
                 if all(fd != channel.fileno() for fd, _ in ready):
                     raise caller_gone()
                 if messages := channel.receive():
-                    return messages[0]  # there is one answer to one call
+                    return messages
         except (EOFError, OSError):
             raise _engine_gone() from None
 
     def _hang_up(self, channel: Channel) -> None:
         channel.close()
-        self._local.channel = None
+        if getattr(self._local, "channel", None) is channel:
+            self._local.channel = None
 
     def _reach(self) -> Channel:
         """Connect to the engine, waiting a little for one that is just starting."""
@@ -165,13 +186,14 @@ class SeveralEngines(EngineClient):
         lock = config.engine_sockets[0].with_name("placement.lock")
         self._placement = Placement(self._engines, self._names, registry, lock)
 
-    def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
+    def stream(self, call: Call, caller_socket: socket.socket | None = None) -> Stream:
         spec = self._registry.get(call.model_id)
         deadline = time.monotonic() + ENGINE_START_S
         while True:
             with self._placement.place(spec, len(call.inputs)) as chosen:
                 try:
-                    return self._engines[chosen.index].run(call, caller_socket)
+                    yield from self._engines[chosen.index].stream(call, caller_socket)
+                    return
                 except EngineAway:  # it died since it was looked at, so another may do it
                     if time.monotonic() > deadline:
                         raise
@@ -203,6 +225,15 @@ def reach(config: Config, registry: Registry) -> EngineClient:
     if len(config.devices) == 1:
         return RemoteEngine(config)
     return SeveralEngines(config, registry)
+
+
+def _go_together(first: Any, second: Any) -> bool:
+    """Whether two of what was told are texts of which the second goes on from the first."""
+    if not isinstance(first, Event) or not isinstance(second, Event):
+        return False
+    if not first.kind == second.kind == "delta":
+        return False
+    return {**first.data, "text": ""} == {**second.data, "text": ""}
 
 
 def _engine_gone() -> ModelUnavailable:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from backend import metrics
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
@@ -61,30 +62,36 @@ class Runner:
         return [self.adapters[model_id] for model_id in self._loaded]
 
     def run(
-        self, adapter: Adapter, items: list[Item]
+        self, adapter: Adapter, items: list[Item], about: Mapping[str, Any]
     ) -> list[tuple[Item, Prediction | CraneError]]:
-        """Run a group of like size; the answers, each with its item, which has its times."""
+        """Run a group of like size; the answers, each with its item, which has its times.
+
+        ``about`` says what is true of all answers of the model.
+        """
         if not items:
             return []
         started = time.monotonic()
+        for item in items:
+            item.timings_ms = self._waited_ms(item, started)
+            item.job.begin(about, item.timings_ms)
         self._use_threads(len(items))
         results = self._predict(adapter, items)
         seconds = time.monotonic() - started
         self.seconds_per_item += 0.2 * (seconds / len(items) - self.seconds_per_item)
         for place, item in enumerate(items):
-            queued_at = item.job.queued_at
-            load = max(0.0, self._ready_at - queued_at)
             item.batch_size = len(items)
-            item.timings_ms = {
-                "queue": max(0.0, started - queued_at - load) * 1e3,
-                "load": load * 1e3,
-                "inference": seconds * 1e3,
-            }
+            item.timings_ms["inference"] = seconds * 1e3
             # What was broken off because nobody waited must not pass for an answer.
             if item.job.cancelled:
                 metrics.CANCELLED.labels(item.job.call.model_id, "running").inc()
                 results[place] = too_late()
         return list(zip(items, results, strict=True))
+
+    def _waited_ms(self, item: Item, until: float) -> dict[str, float]:
+        """How long an item waited for others, and for the model to load."""
+        queued_at = item.job.queued_at
+        load = max(0.0, self._ready_at - queued_at)
+        return {"queue": max(0.0, until - queued_at - load) * 1e3, "load": load * 1e3}
 
     def _use_threads(self, items: int) -> None:
         """Run on all cores, but leave one to each HTTP worker where that is quicker.
@@ -113,13 +120,19 @@ class Runner:
 
         def progress(done: int, of: int) -> None:
             self.progress = {"step": done, "steps": of}
+            for item in items:
+                item.tell("progress", self.progress)
 
+        for item in items:
+            item.begin_again()
         batch = Batch(
             inputs=[item.input for item in items],
             options=dict(items[0].job.call.options),
             seeds=[item.seed for item in items],
             cancelled=lambda index: items[index].job.cancelled,
             progress=progress,
+            listens=lambda index: items[index].job.call.stream,
+            tell=lambda index, kind, data: items[index].tell(kind, data),
         )
         if batch.abandoned():  # while the batch failed of which this is one
             return [too_late()] * len(items)

@@ -23,7 +23,7 @@ from typing import Any
 from backend import logs
 from backend.config import Config
 from backend.engine import wire
-from backend.engine.calls import Answer, Call, Job
+from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.channel import Channel
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
 from backend.errors import CraneError, InternalError
@@ -50,7 +50,7 @@ class Server:
         self._listener.bind(str(config.engine_sockets[index]))
         self._listener.listen(socket.SOMAXCONN)
         self._selector = selectors.DefaultSelector()
-        self._outbox: deque[tuple[Channel, str, Answer | CraneError]] = deque()
+        self._outbox: deque[tuple[Channel, str, Event | Answer | CraneError]] = deque()
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._jobs: dict[Channel, Job | None] = {}
@@ -117,12 +117,12 @@ class Server:
             self._run(caller, Call(**message))
 
     def _run(self, caller: Channel, call: Call) -> None:
-        def on_end(answer: Answer | CraneError) -> None:
-            self._outbox.append((caller, call.request_id, answer))
+        def tell(told: Event | Answer | CraneError) -> None:
+            self._outbox.append((caller, call.request_id, told))
             self._wake_up()
 
         try:
-            self._jobs[caller] = self._engine.submit(call, on_end)
+            self._jobs[caller] = self._engine.submit(call, tell)
         except CraneError as error:
             self._send(caller, wire.pack_answer(call.request_id, error))
         except Exception:
@@ -139,12 +139,13 @@ class Server:
 
     def _send_answers(self) -> None:
         while self._outbox:
-            caller, call_id, answer = self._outbox.popleft()
+            caller, call_id, told = self._outbox.popleft()
             if caller.closed:
                 continue
-            self._jobs[caller] = None
+            if not isinstance(told, Event):
+                self._jobs[caller] = None
             try:
-                data = wire.pack_answer(call_id, answer)
+                data = wire.pack_answer(call_id, told)
             except Exception:
                 logger.exception("an output could not be sent")
                 data = wire.pack_answer(call_id, InternalError())

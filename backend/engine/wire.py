@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from backend.engine.calls import Answer
+from backend.engine.calls import Answer, Event
 from backend.errors import ERRORS, CraneError, InternalError
 
 _ARRAY = 1  # msgpack's code for an extension type of ours
@@ -43,11 +43,13 @@ def _unpack_other(code: int, data: bytes) -> Any:
     return np.frombuffer(data, dtype=dtype, offset=unpacker.tell()).reshape(shape)
 
 
-def pack_answer(call_id: str, answer: Answer | CraneError | None) -> bytes:
-    """An answer to a call; ``call_id`` is the request's own, by which the caller knows it.
+def pack_answer(call_id: str, answer: Event | Answer | CraneError | None) -> bytes:
+    """An answer to a call, or an event before it; ``call_id`` is the request's own.
 
     To an order it is None, or an error, and the id is the model's.
     """
+    if isinstance(answer, Event):
+        return pack({"id": call_id, "event": (answer.kind, answer.data)})
     if not isinstance(answer, CraneError):
         return pack({"id": call_id, "answer": answer and answer.to_wire()})
     error = {
@@ -59,11 +61,13 @@ def pack_answer(call_id: str, answer: Answer | CraneError | None) -> bytes:
     return pack({"id": call_id, "error": error})
 
 
-def unpack_answer(call_id: str, data: bytes) -> Answer | CraneError | None:
-    """The answer to ``call_id``; raises ``ValueError`` for another call's."""
+def unpack_answer(call_id: str, data: bytes) -> Event | Answer | CraneError | None:
+    """The answer to ``call_id``, or an event of it; raises ``ValueError`` for another call's."""
     message = unpack(data)
     if message["id"] != call_id:
         raise ValueError(f"the answer is to {message['id']!r}, not to {call_id!r}")
+    if "event" in message:
+        return Event(*message["event"])
     if "answer" in message:
         return message["answer"] and Answer(**message["answer"])
     error = message["error"]

@@ -446,15 +446,16 @@ class Worker:
     def _answer(self, batch: list[Item]) -> None:
         adapter = self.adapters[batch[0].job.call.model_id]
         groups = of_like_size(batch, adapter.max_batch_tokens)
+        first = self._adapter  # which has loaded; another entry's may not have its weights yet
+        about: dict[str, Any] = {
+            "revision": first.revision,
+            "device": self._devices.shown(first.device),
+            "dtype": first.dtype,
+        }
         for group in groups:
-            answers = self._runner.run(adapter, waited_for(group))
+            answers = self._runner.run(adapter, waited_for(group), about)
             if group is groups[-1]:  # whoever is answered finds the model free
                 self._rest(batch)
-            about: dict[str, Any] = {
-                "revision": adapter.revision,
-                "device": self._devices.shown(adapter.device),
-                "dtype": adapter.dtype,
-            }
             for item, result in answers:
                 item.answer(result, about)
 
