@@ -206,7 +206,7 @@ def test_an_order_to_load_does_not_wait_for_ever_for_the_last_copy(second, error
     looks = {index: {"models": {"m": model}} for index, model in enumerate(models)}
 
     class Engines(EngineClient):
-        run = close = None
+        stream = close = None
 
         def status(self):
             return together(("cpu", "cpu"), looks)

@@ -200,7 +200,7 @@ def test_a_call_that_fails_by_our_fault_is_given_back(metered, add_task, adapter
 
 def test_a_failure_nobody_foresaw_is_given_back_too(metered, monkeypatch):
     client = metered()
-    monkeypatch.setattr("backend.models.receipt", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("backend.models.facts", lambda *args, **kwargs: 1 / 0)
     answer = run(client)
     assert (answer.status_code, left(answer)) == (500, 5)
 

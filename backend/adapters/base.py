@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from backend.adapters import footprint
 from backend.adapters.hub import pick_device, pick_dtype
@@ -56,6 +56,36 @@ class Batch:
         while left := [index for index in left if not self.cancelled(owners[index])]:
             yield left[:most]
             left = left[most:]
+
+
+class Entry(Protocol):
+    """An input that joins a run by itself, with its own options; as a batch has them."""
+
+    @property
+    def input(self) -> Any: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def seed(self) -> int | None: ...
+
+    @property
+    def listens(self) -> bool: ...
+
+    def cancelled(self) -> bool: ...
+
+    def tell(self, kind: str, data: dict[str, Any]) -> None: ...
+
+
+class Feed(Protocol):
+    """What a run that goes on is fed with: inputs as they come, and its answers to each."""
+
+    def take(self, most: int) -> Sequence[Entry]:
+        """Inputs that join the run now; none where none is waiting."""
+
+    def answer(self, entry: Any, result: Prediction | CraneError) -> None:
+        """What became of one that was taken; each has one answer."""
 
 
 def too_late() -> DeadlineExceeded:
@@ -144,6 +174,14 @@ class Adapter(ABC):
 
         What nobody waits for shall keep nobody waiting; what is given for it is not looked at.
         """
+
+    def joins(self, options: Mapping[str, Any]) -> bool:
+        """Whether an input with these options may join a run that goes on: ``roll``'s."""
+        return False
+
+    def roll(self, feed: Feed, most: int) -> None:
+        """Answer all that is fed, at most so many inputs at a time, until nothing is left."""
+        raise NotImplementedError
 
     def load_beside(self, loaded: Adapter) -> None:
         """Take over the weights that another entry's adapter of the same key has loaded."""

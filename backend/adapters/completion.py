@@ -13,7 +13,7 @@ class Completion:
     """A text as it is written: what of it is sure, and where it ends.
 
     It ends with one of ``ends``, at its ``room`` in tokens, or at a stop string, which is no part
-    of it. ``tell`` is told each part of the text as soon as it is sure.
+    of it. ``tell`` is told each part of the text as soon as it is sure, as a ``delta``.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Completion:
         room: int,
         ends: Collection[int],
         stop: list[str],
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
         self.ids: list[int] = []  # with the token that ended it
         self.finish_reason: str | None = None
@@ -74,4 +74,4 @@ class Completion:
 
     def _say(self, text: str) -> None:
         if text and self._tell is not None:
-            self._tell(text)
+            self._tell("delta", {"text": text})

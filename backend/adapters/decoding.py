@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch
@@ -14,10 +14,23 @@ if TYPE_CHECKING:
 
 def sampling(options: dict[str, Any], seeds: list[int | None], device: str) -> list[Any]:
     """The warpers that ``do_sample`` would use, then a draw from each row's own generator."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import LogitsProcessor
 
     if options["temperature"] == 0:
         return []
+    generators = [_generator(seed, device) for seed in seeds]
+
+    class Draw(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return drawn(scores, generators)
+
+    return [*warpers(options), Draw()]
+
+
+def warpers(options: Mapping[str, Any]) -> list[Any]:
+    """What ``do_sample`` does to scores before it draws."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     steps: list[Any] = []
     if options["temperature"] != 1:
         # Colder than this is greedy, and would only make the scores overflow.
@@ -26,29 +39,98 @@ def sampling(options: dict[str, Any], seeds: list[int | None], device: str) -> l
         steps.append(TopKLogitsWarper(options["top_k"]))
     if options["top_p"] < 1:
         steps.append(TopPLogitsWarper(options["top_p"]))
-    return [*steps, _draw(seeds, device)]
+    return steps
 
 
-def _draw(seeds: list[int | None], device: str) -> Callable[..., torch.Tensor]:
-    """Make a logits processor after which the greedy choice is an exact draw for each row.
+def drawn(scores: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """Scores of which the highest in each row is an exact draw, from the row's own generator.
 
     Gumbel's trick: the highest of ``logits + noise`` is distributed as the softmax of the logits.
-    Each row's noise comes from its own generator, so a seed gives the same text in any batch.
+    As no row's noise is another's, a seed gives the same text in any batch.
     """
     import torch
-    from transformers import LogitsProcessor
 
-    generators = [torch.Generator(device).manual_seed(seed or 0) for seed in seeds]
     least = torch.finfo(torch.float32).tiny  # exponential_ may give 0, whose log is not finite
+    noise = torch.empty_like(scores, dtype=torch.float32)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return scores.float() - noise.clamp_min_(least).log_()
 
-    class Draw(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            noise = torch.empty_like(scores, dtype=torch.float32)
-            for row, generator in zip(noise, generators, strict=True):
-                row.exponential_(generator=generator)
-            return scores.float() - noise.clamp_min_(least).log_()
 
-    return Draw()
+def _generator(seed: int | None, device: str) -> torch.Generator:
+    import torch
+
+    return torch.Generator(device).manual_seed(seed or 0)
+
+
+class Sampling:
+    """How the tokens of one row are chosen, whatever the options of the rows beside it are.
+
+    It does what ``generate`` does with the same options, in the same order.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        seed: int | None,
+        *,
+        prompt: list[int],
+        ends: Collection[int],
+        device: str,
+    ) -> None:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        penalty = options["repetition_penalty"]
+        self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
+        self._ids = list(prompt)
+        self._min_tokens = options["min_tokens"]
+        self._ends = list(ends)
+        self.warmth: tuple[float, ...] = ()  # rows with the same are drawn together
+        if options["temperature"] > 0:
+            self.warmth = tuple(options[name] for name in ("temperature", "top_k", "top_p"))
+            self.warpers = warpers(options)
+            self.generator = _generator(seed, device)
+
+    def is_plain(self, written: int) -> bool:
+        """Whether the highest score is the next token."""
+        return not (self.warmth or self._penalty or written < self._min_tokens)
+
+    def weigh(self, scores: torch.Tensor, written: int) -> None:
+        """Change a row's scores, [vocabulary], as the options want it before anything is drawn."""
+        import torch
+
+        if self._penalty is not None:
+            ids = torch.tensor([self._ids], device=scores.device)
+            scores.copy_(self._penalty(ids, scores[None])[0])
+        if written < self._min_tokens:
+            scores[self._ends] = -torch.inf
+
+    def take(self, token: int) -> None:
+        if self._penalty is not None:
+            self._ids.append(token)
+
+
+def choose(scores: torch.Tensor, rows: list[Sampling], written: list[int]) -> list[int]:
+    """The next token of each row; ``written[i]`` is how many row i has by now."""
+    if all(row.is_plain(count) for row, count in zip(rows, written, strict=True)):
+        plain: list[int] = scores.argmax(-1).tolist()
+        return plain
+    scores = scores.float()
+    for place, (row, count) in enumerate(zip(rows, written, strict=True)):
+        row.weigh(scores[place], count)
+    warm: dict[tuple[float, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        if row.warmth:
+            warm.setdefault(row.warmth, []).append(place)
+    for places in warm.values():
+        warped = scores[places]
+        for step in rows[places[0]].warpers:
+            warped = step(None, warped)
+        scores[places] = drawn(warped, [rows[place].generator for place in places])
+    tokens: list[int] = scores.argmax(-1).tolist()
+    for row, token in zip(rows, tokens, strict=True):
+        row.take(token)
+    return tokens
 
 
 def leaving(batch: Batch, places: list[int]) -> Any:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters import footprint
+from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
-from backend.adapters.decoding import Ending, sampling
+from backend.adapters.continuous import ContinuousBatch, Text
+from backend.adapters.decoding import Ending, Sampling, sampling
+from backend.adapters.prefixes import Prefixes
+from backend.adapters.slots import writes_like_alone
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
 if TYPE_CHECKING:
     import torch
+
+
+# Of the memory that is free: for the texts that are being written, as it is when they begin, and
+# for the beginnings of prompts that are kept, as it is when the model loads.
+CACHE_OF_FREE, PREFIXES_OF_FREE = 0.5, 0.05
 
 
 class Generator(TransformersAdapter):
@@ -22,22 +32,23 @@ class Generator(TransformersAdapter):
     special_tokens = True  # whether the tokenizer adds its own
     pads_left = False
 
-    def prompts(self, batch: Batch) -> list[str | CraneError]:
-        """The text that the tokenizer gets for each input."""
-        return list(batch.inputs)
+    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
+        """The text that the tokenizer gets for an input."""
+        text: str = value
+        return text
 
-    def encode(self, prompts: list[str], options: dict[str, Any], **how: Any) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(
-            prompts, add_special_tokens=self.special_tokens, verbose=False, **how
+    def encode(self, prompt: str, options: Mapping[str, Any], **how: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(
+            prompt, add_special_tokens=self.special_tokens, verbose=False, **how
         )["input_ids"]
         return ids
 
-    def longest_prompt(self, options: dict[str, Any]) -> int:
+    def longest_prompt(self, options: Mapping[str, Any]) -> int:
         """To how many tokens a prompt is cut that does not fit."""
         assert self.window is not None
         return self.window
 
-    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+    def room(self, prompt: list[int], options: Mapping[str, Any]) -> int:
         """How many tokens may be written after a prompt."""
         raise NotImplementedError
 
@@ -45,31 +56,35 @@ class Generator(TransformersAdapter):
         results: dict[int, Prediction | CraneError] = {}
         prompts: dict[int, list[int]] = {}
         cut: set[int] = set()
-        texts = self.prompts(batch)
-        known = [text for text in texts if isinstance(text, str)]
-        encoded = iter(self.encode(known, batch.options) if known else [])
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                results[index] = text
+        for index, value in enumerate(batch.inputs):
+            read = self.read(value, batch.options)
+            if isinstance(read, CraneError):
+                results[index] = read
                 continue
-            ids = next(encoded)
-            if self.room(ids, batch.options) < 1 or len(ids) > (self.window or len(ids)):
-                if not batch.options["truncate"]:
-                    results[index] = self.too_long(len(ids))
-                    continue
+            prompts[index], was_cut = read
+            if was_cut:
                 cut.add(index)
-                most = self.longest_prompt(batch.options)
-                ids = self.encode([text], batch.options, truncation=True, max_length=most)[0]
-            if ids:
-                prompts[index] = ids
-            else:
-                results[index] = InvalidRequest.of({"input": "has no token that this model knows"})
         written = self._generate(list(prompts.values()), list(prompts), batch) if prompts else []
         for place, prediction in zip(prompts, written, strict=True):
             if place in cut:
                 prediction.facts["truncated"] = True
             results[place] = prediction
         return [results[index] for index in range(len(batch))]
+
+    def read(self, value: Any, options: Mapping[str, Any]) -> tuple[list[int], bool] | CraneError:
+        """An input's tokens, and whether they were cut to fit; or why it cannot be read."""
+        text = self.prompt(value, options)
+        if isinstance(text, CraneError):
+            return text
+        ids, cut = self.encode(text, options), False
+        if self.room(ids, options) < 1 or len(ids) > (self.window or len(ids)):
+            if not options["truncate"]:
+                return self.too_long(len(ids))
+            most = self.longest_prompt(options)
+            ids, cut = self.encode(text, options, truncation=True, max_length=most), True
+        if not ids:
+            return InvalidRequest.of({"input": "has no token that this model knows"})
+        return ids, cut
 
     def _generate(
         self, prompts: list[list[int]], places: list[int], batch: Batch
@@ -103,8 +118,17 @@ class Generator(TransformersAdapter):
         import torch
 
         options = batch.options
+        beams = options["num_beams"] > 1
         completions = [
-            self.completion(prompt, most, batch, place)
+            Completion(
+                self.tokenizer,
+                prompt_tokens=prompt,
+                room=most,
+                ends=self.ends,
+                stop=options["stop"],
+                # Which of several beams the text will be is not known before its end.
+                tell=None if beams or not batch.listens(place) else partial(batch.tell, place),
+            )
             for place, prompt, most in zip(places, prompts, room, strict=True)
         ]
         ending = Ending(
@@ -124,29 +148,16 @@ class Generator(TransformersAdapter):
                 ),
                 stopping_criteria=[ending.criterion()],
             )
-        if options["num_beams"] > 1:
+        if beams:
             for completion, row in zip(completions, output.tolist(), strict=True):
                 self._take_beam(completion, row[start:])
         return [completion.prediction() for completion in completions]
-
-    def completion(self, prompt_tokens: int, room: int, batch: Batch, place: int) -> Completion:
-        """What is to be written for a place of a batch."""
-        # Which of several beams the text will be is not known before its end.
-        listens = batch.listens(place) and batch.options["num_beams"] == 1
-        return Completion(
-            self.tokenizer,
-            prompt_tokens=prompt_tokens,
-            room=room,
-            ends=self.ends,
-            stop=batch.options["stop"],
-            tell=(lambda text: batch.tell(place, "delta", {"text": text})) if listens else None,
-        )
 
     @property
     def ends(self) -> set[int]:
         """The tokens that end a text."""
         ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends])
+        return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     def _take_beam(self, completion: Completion, ids: list[int]) -> None:
         """Take the best of a row's beams, which end on their own and are padded to the longest."""
@@ -201,16 +212,67 @@ class CausalGenerator(Generator):
     def load(self) -> None:
         super().load()
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
+        self._goes_on = writes_like_alone(self.model)
+        self._prefixes = Prefixes(int(footprint.free(self.device) * PREFIXES_OF_FREE))
         if self.window is not None:
             self.model.register_forward_pre_hook(_keep_within(self.window), with_kwargs=True)
 
-    def longest_prompt(self, options: dict[str, Any]) -> int:
+    def longest_prompt(self, options: Mapping[str, Any]) -> int:
         assert self.window is not None
         return max(self.window - int(options["max_tokens"]), (self.window + 1) // 2)
 
-    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+    def room(self, prompt: list[int], options: Mapping[str, Any]) -> int:
         most: int = options["max_tokens"]
         return most if self.window is None else min(most, self.window - len(prompt))
+
+    def joins(self, options: Mapping[str, Any]) -> bool:
+        return self._goes_on and options["num_beams"] == 1
+
+    def roll(self, feed: Feed, most: int) -> None:
+        import torch
+
+        with torch.inference_mode():
+            ContinuousBatch(
+                self.model,
+                self._prefixes,
+                self._begin,
+                most_texts=most,
+                most_tokens=self._most_tokens(),
+            ).run(feed)
+
+    def _begin(self, entry: Entry) -> Text | CraneError:
+        """Make of an input what is to be written for it."""
+        options = entry.options
+        read = self.read(entry.input, options)
+        if isinstance(read, CraneError):
+            return read
+        prompt, cut = read
+        room = self.room(prompt, options)
+        return Text(
+            entry=entry,
+            prompt=prompt,
+            room=room,
+            cut=cut,
+            completion=Completion(
+                self.tokenizer,
+                prompt_tokens=len(prompt),
+                room=room,
+                ends=self.ends,
+                stop=options["stop"],
+                tell=entry.tell if entry.listens else None,
+            ),
+            sampling=Sampling(
+                options, entry.seed, prompt=prompt, ends=self.ends, device=self.device
+            ),
+        )
+
+    def _most_tokens(self) -> int:
+        """How many tokens the memory that is free has keys and values for."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each: int = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        return int(footprint.free(self.device) * CACHE_OF_FREE) // each
 
 
 def _keep_within(window: int) -> Any:
@@ -235,15 +297,12 @@ class Chat(CausalGenerator):
         if not self.tokenizer.chat_template:
             raise ModelUnavailable("It has no chat template, so it cannot serve type chat.")
 
-    def prompts(self, batch: Batch) -> list[str | CraneError]:
-        return [self._prompt(value["messages"]) for value in batch.inputs]
-
-    def _prompt(self, messages: list[dict[str, str]]) -> str | CraneError:
+    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
         import jinja2
 
         try:
             prompt: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                value["messages"], tokenize=False, add_generation_prompt=True
             )
         except jinja2.TemplateError as error:
             # The model's own rule in its own words, such as "roles must alternate".

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from backend.adapters.base import Batch
 from backend.adapters.generation import Generator
 from backend.errors import CraneError, InvalidRequest
 
@@ -21,10 +21,11 @@ class Seq2SeqGenerator(Generator):
         positions = [value for name in names if (value := getattr(config, name, None))]
         self._positions: int | None = positions[0] if positions else None
 
-    def prompts(self, batch: Batch) -> list[str | CraneError]:
-        return [batch.options["prefix"] + text for text in batch.inputs]
+    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
+        text: str = options["prefix"] + value
+        return text
 
-    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+    def room(self, prompt: list[int], options: Mapping[str, Any]) -> int:
         most: int = options["max_tokens"]
         # The decoder's start token takes a position too.
         return most if self._positions is None else min(most, self._positions - 1)
@@ -37,19 +38,19 @@ class Translator(Seq2SeqGenerator):
         super().load()
         self._source_language = getattr(self.tokenizer, "src_lang", None)
 
-    def prompts(self, batch: Batch) -> list[str | CraneError]:
+    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
         for option in ("source_language", "target_language"):
-            code = batch.options[option]
+            code = options[option]
             if code is not None and self._language(code) is None:
                 fault = f"is {code!r}, which is not a language code of this model"
-                return [InvalidRequest.of({f"options.{option}": fault})] * len(batch)
-        return super().prompts(batch)
+                return InvalidRequest.of({f"options.{option}": fault})
+        return super().prompt(value, options)
 
-    def encode(self, prompts: list[str], options: dict[str, Any], **how: Any) -> list[list[int]]:
+    def encode(self, prompt: str, options: Mapping[str, Any], **how: Any) -> list[int]:
         if self._source_language is not None:
             # Set each time: the tokenizer remembers the language of the batch before.
             self.tokenizer.src_lang = options["source_language"] or self._source_language
-        return super().encode(prompts, options, **how)
+        return super().encode(prompt, options, **how)
 
     def config(self, options: dict[str, Any], max_new_tokens: int) -> Any:
         config = super().config(options, max_new_tokens)

@@ -197,6 +197,7 @@ class Item:
     __slots__ = (
         "_again",
         "_told",
+        "alone",
         "batch_size",
         "error",
         "index",
@@ -210,6 +211,7 @@ class Item:
         self.job = job
         self.index = index
         self.size = 1
+        self.alone = False  # whether it runs by itself, after it failed with others
         self._told = ""  # of its text
         self._again = ""  # what of that another run still has to repeat
         self.prediction: Prediction | None = None
@@ -222,12 +224,24 @@ class Item:
         return self.job.call.inputs[self.index]
 
     @property
+    def options(self) -> Mapping[str, Any]:
+        return self.job.call.options
+
+    @property
+    def listens(self) -> bool:
+        """Whether its caller is told of its run."""
+        return self.job.call.stream
+
+    def cancelled(self) -> bool:
+        return self.job.cancelled
+
+    @property
     def seed(self) -> int | None:
         return self.job.call.seeds[self.index] if self.job.call.seeds else None
 
     def tell(self, kind: str, data: dict[str, Any]) -> None:
         """Tell a call that streams of this input's run."""
-        if not self.job.call.stream:
+        if not self.listens:
             return
         if kind == "delta":
             text = data["text"]

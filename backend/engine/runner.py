@@ -12,6 +12,7 @@ from backend import metrics
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.engine.calls import Item
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
+from backend.engine.feed import Feed
 from backend.errors import CraneError, InternalError, OutOfMemory
 
 logger = logging.getLogger("crane.engine")
@@ -72,12 +73,11 @@ class Runner:
             return []
         started = time.monotonic()
         for item in items:
-            item.timings_ms = self._waited_ms(item, started)
-            item.job.begin(about, item.timings_ms)
-        self._use_threads(len(items))
+            self.begin(item, started, about)
+        self.use_threads(len(items))
         results = self._predict(adapter, items)
         seconds = time.monotonic() - started
-        self.seconds_per_item += 0.2 * (seconds / len(items) - self.seconds_per_item)
+        self.timed(seconds / len(items))
         for place, item in enumerate(items):
             item.batch_size = len(items)
             item.timings_ms["inference"] = seconds * 1e3
@@ -87,13 +87,58 @@ class Runner:
                 results[place] = too_late()
         return list(zip(items, results, strict=True))
 
-    def _waited_ms(self, item: Item, until: float) -> dict[str, float]:
-        """How long an item waited for others, and for the model to load."""
+    def begin(self, item: Item, now: float, about: Mapping[str, Any]) -> None:
+        """Note, and tell, that an item begins to run: it waited for others, and for the load."""
         queued_at = item.job.queued_at
         load = max(0.0, self._ready_at - queued_at)
-        return {"queue": max(0.0, until - queued_at - load) * 1e3, "load": load * 1e3}
+        queue = max(0.0, now - queued_at - load)
+        item.timings_ms = {"queue": queue * 1e3, "load": load * 1e3}
+        item.job.begin(about, dict(item.timings_ms))
 
-    def _use_threads(self, items: int) -> None:
+    def timed(self, seconds: float) -> None:
+        """Learn how long an item takes of the model's time."""
+        self.seconds_per_item += 0.2 * (seconds - self.seconds_per_item)
+
+    def roll(self, adapter: Adapter, feed: Feed) -> list[Item]:
+        """Run what is fed until nothing is left; the items of a run that failed, to run again.
+
+        After too little memory fewer of them run at once, and else each by itself.
+        """
+        try:
+            adapter.roll(feed, min(adapter.spec.max_batch_size, self.most_at_once))
+        except Exception as error:
+            if is_broken_device(error):
+                raise DeviceBroken from error
+            left = feed.left
+            full = is_out_of_memory(error)
+            if full:
+                logger.warning("%s ran out of memory with %d at once", adapter.spec.id, len(left))
+            else:
+                self._log_failure(adapter, left)
+            alone = len(left) == 1 and (left[0].alone or not full)
+            refusal = error if isinstance(error, CraneError) else InternalError()
+        else:
+            return []
+        # The error is gone by now, and what its frames held.
+        if alone:
+            feed.answer(left[0], self._out_of_memory() if full else refusal)
+            return []
+        if full:
+            self._make_room()
+            self.most_at_once = max(1, min(self.most_at_once, len(left) // 2))
+        for item in left:
+            item.alone = not full or len(left) == 1
+        return left
+
+    def _log_failure(self, adapter: Adapter, items: list[Item]) -> None:
+        logger.exception(
+            "%s failed a batch of %d",
+            adapter.spec.id,
+            len(items),
+            extra={"fields": {"request_ids": [item.job.call.request_id for item in items]}},
+        )
+
+    def use_threads(self, items: int) -> None:
         """Run on all cores, but leave one to each HTTP worker where that is quicker.
 
         It is for a batch of several in half precision: its operations are so short that threads
@@ -127,11 +172,11 @@ class Runner:
             item.begin_again()
         batch = Batch(
             inputs=[item.input for item in items],
-            options=dict(items[0].job.call.options),
+            options=dict(items[0].options),
             seeds=[item.seed for item in items],
             cancelled=lambda index: items[index].job.cancelled,
             progress=progress,
-            listens=lambda index: items[index].job.call.stream,
+            listens=lambda index: items[index].listens,
             tell=lambda index, kind, data: items[index].tell(kind, data),
         )
         if batch.abandoned():  # while the batch failed of which this is one
@@ -149,13 +194,7 @@ class Runner:
             if is_broken_device(error):
                 raise DeviceBroken from error
             if not is_out_of_memory(error):
-                request_ids = [item.job.call.request_id for item in items]
-                logger.exception(
-                    "%s failed a batch of %d",
-                    adapter.spec.id,
-                    len(items),
-                    extra={"fields": {"request_ids": request_ids}},
-                )
+                self._log_failure(adapter, items)
                 if len(items) == 1:
                     return [error if isinstance(error, CraneError) else InternalError()]
                 return [result for item in items for result in self._predict(adapter, [item])]

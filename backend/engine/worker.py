@@ -12,12 +12,13 @@ from contextlib import nullcontext
 from enum import Enum, auto
 from typing import Any
 
-from backend.adapters.base import Adapter
+from backend.adapters.base import Adapter, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.devices import Devices
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
+from backend.engine.feed import Feed
 from backend.engine.residency import Residency
 from backend.engine.runner import Runner, of_like_size, waited_for
 from backend.errors import (
@@ -431,27 +432,92 @@ class Worker:
                 if left_s <= 0:
                     return []
                 self._changed.wait(min(left_s, LONGEST_WAIT_S))
-            key = self._queue[0].job.key
-            batch: list[Item] = []
-            others: deque[Item] = deque()
-            spec = self.adapters[self._queue[0].job.call.model_id].spec
-            while self._queue and len(batch) < min(spec.max_batch_size, self._runner.most_at_once):
-                item = self._queue.popleft()
-                (batch if item.job.key == key else others).append(item)
-            # What was passed over keeps its place at the head.
-            self._queue.extendleft(reversed(others))
+            adapter = self._adapter_of(self._queue[0])
+            most = min(adapter.spec.max_batch_size, self._runner.most_at_once)
+            if adapter.joins(self._queue[0].options):
+                batch = self._take_head(adapter, most)
+            else:
+                batch = self._take_equals(most)
             self._running, self._runner.progress = batch, {}
         return batch
 
+    def _adapter_of(self, item: Item) -> Adapter:
+        return self.adapters[item.job.call.model_id]
+
+    def _take_equals(self, most: int) -> list[Item]:
+        """Take what may share a batch with the head of the queue; the caller holds the lock."""
+        key = self._queue[0].job.key
+        batch: list[Item] = []
+        others: deque[Item] = deque()
+        while self._queue and len(batch) < most:
+            item = self._queue.popleft()
+            (batch if item.job.key == key else others).append(item)
+        # What was passed over keeps its place at the head.
+        self._queue.extendleft(reversed(others))
+        return batch
+
+    def _take_head(self, adapter: Adapter, most: int) -> list[Item]:
+        """Take from the head of the queue what may join a run; the caller holds the lock.
+
+        Who may not join ends it, so that a run that always has new inputs overtakes nobody.
+        """
+        batch: list[Item] = []
+        while self._queue and len(batch) < most:
+            item = self._queue[0]
+            joins = self._adapter_of(item) is adapter and adapter.joins(item.options)
+            if not joins or (item.alone and batch):
+                break
+            batch.append(self._queue.popleft())
+            if item.alone:
+                break
+        return batch
+
+    def _roll(self, adapter: Adapter, batch: list[Item], about: dict[str, Any]) -> None:
+        """Run a batch that others join as they come; what failed is queued again, at the head."""
+        runner = self._runner
+
+        def join(most: int) -> list[Item]:
+            with self._changed:
+                self._drop_cancelled()
+                if batch[0].alone or self._leaving is Leaving.NOW:
+                    return []
+                if self._queue and self._queue[0].alone:
+                    return []
+                items = self._take_head(adapter, most)
+                self._running = [*self._running, *items]
+            return items
+
+        def begin(item: Item, running: int) -> None:
+            runner.use_threads(running)
+            item.begin_again()
+            runner.begin(item, time.monotonic(), about)
+
+        def answer(item: Item, result: Prediction | CraneError, seconds: float) -> None:
+            runner.timed(seconds)
+            began_at = item.job.queued_at + sum(item.timings_ms.values()) / 1e3
+            item.timings_ms["inference"] = max(0.0, time.monotonic() - began_at) * 1e3
+            # Whoever is answered finds the place free.
+            self._rest([item])
+            item.answer(too_late() if item.job.cancelled else result, about)
+
+        left = runner.roll(adapter, Feed(batch, join=join, begin=begin, answer=answer))
+        if left:
+            with self._changed:
+                self._running = []
+                self._queue.extendleft(reversed(left))
+
     def _answer(self, batch: list[Item]) -> None:
-        adapter = self.adapters[batch[0].job.call.model_id]
-        groups = of_like_size(batch, adapter.max_batch_tokens)
+        adapter = self._adapter_of(batch[0])
         first = self._adapter  # which has loaded; another entry's may not have its weights yet
         about: dict[str, Any] = {
             "revision": first.revision,
             "device": self._devices.shown(first.device),
             "dtype": first.dtype,
         }
+        if adapter.joins(batch[0].options):
+            self._roll(adapter, batch, about)
+            return
+        groups = of_like_size(batch, adapter.max_batch_tokens)
         for group in groups:
             answers = self._runner.run(adapter, waited_for(group), about)
             if group is groups[-1]:  # whoever is answered finds the model free
@@ -462,11 +528,12 @@ class Worker:
     def _rest(self, batch: list[Item]) -> None:
         """Be done with a batch, but for its answers."""
         with self._changed:
-            self._running = []
+            over = set(map(id, batch))
+            self._running = [item for item in self._running if id(item) not in over]
             self.used_at = time.monotonic()
             call = batch[-1].job.call
             own = self._own_stay_s(self._specs[call.model_id])
             self._stay_s = own if call.keep_alive_s is None else call.keep_alive_s
-            idle = not self._queue
+            idle = not self._queue and not self._running
         if idle:
             self._residency.look_again()

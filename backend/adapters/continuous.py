@@ -1,0 +1,157 @@
+"""Text generation that goes on: prompts join at any token, and texts leave at theirs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from backend.adapters.base import Entry, Feed, too_late
+from backend.adapters.completion import Completion
+from backend.adapters.decoding import Sampling, choose
+from backend.adapters.prefixes import Prefix, Prefixes
+from backend.adapters.slots import READ_TOKENS, Decoder
+from backend.errors import CraneError
+
+
+@dataclass(slots=True)
+class Text:
+    """A prompt, and what is written after it."""
+
+    entry: Entry
+    prompt: list[int]
+    room: int
+    completion: Completion
+    sampling: Sampling
+    cut: bool  # whether the prompt is
+    known: Prefix | None = None
+    next: int = 0  # the token that was chosen last, and is not run yet
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self.prompt) + self.room
+
+
+class ContinuousBatch:
+    """Writes texts with one model, all of them one token further at a time.
+
+    A prompt is read, all but its last token, between two of those steps; with the next step its
+    text is one of them. What differs between texts (their options, seeds, lengths) is a row's own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prefixes: Prefixes,
+        begin: Callable[[Entry], Text | CraneError],
+        *,
+        most_texts: int,
+        most_tokens: int,
+    ) -> None:
+        """``most_tokens`` is how many the texts that are written at once may have together."""
+        self._decoder = Decoder(model, prefixes)
+        self._prefixes = prefixes
+        self._begin = begin
+        self._most_texts = most_texts
+        self._most_tokens = most_tokens
+        self._waiting: deque[Text] = deque()
+        self._reading: tuple[list[Text], Iterator[None]] | None = None
+        self._texts: list[Text] = []  # in the order of their slots
+
+    def run(self, feed: Feed) -> None:
+        """Write until nobody waits for anything more."""
+        while True:
+            self._let_go(feed)
+            self._take(feed)
+            self._read()
+            if self._texts:
+                self._write(feed)
+            elif not self._waiting and self._reading is None:
+                return
+
+    def _take(self, feed: Feed) -> None:
+        if self._waiting:  # for room: who comes after waits too
+            return
+        reading = len(self._reading[0]) if self._reading else 0
+        for entry in feed.take(self._most_texts - len(self._texts) - reading):
+            text = self._begin(entry)
+            if isinstance(text, Text):
+                self._waiting.append(text)
+            else:
+                feed.answer(entry, text)
+
+    def _let_go(self, feed: Feed) -> None:
+        """Stop what nobody waits for any more."""
+        for text in [text for text in self._waiting if text.entry.cancelled()]:
+            self._waiting.remove(text)
+            feed.answer(text.entry, too_late())
+        for slot in reversed(range(len(self._texts))):
+            if self._texts[slot].entry.cancelled():
+                feed.answer(self._drop(slot).entry, too_late())
+
+    def _read(self) -> None:
+        """Read on, or begin with those that have waited longest and go together."""
+        if self._reading is None:
+            group = self._next_to_read()
+            if not group:
+                return
+            prompts = [text.prompt[:-1] for text in group]
+            self._reading = group, self._decoder.read(prompts, group[0].known)
+        group, reading = self._reading
+        for _ in reading:
+            return
+        self._reading = None
+        for text in group:
+            text.next = text.prompt[-1]
+            self._texts.append(text)
+
+    def _next_to_read(self) -> list[Text]:
+        group: list[Text] = []
+        width = 0
+        longest = max((text.most_tokens for text in self._texts), default=0)
+        while self._waiting:
+            text = self._waiting[0]
+            count = len(self._texts) + len(group) + 1
+            if count > 1 and count * max(longest, text.most_tokens) > self._most_tokens:
+                break
+            text.known = self._prefixes.find(text.prompt[:-1])
+            wider = max(width, len(text.prompt))
+            too_much = (len(group) + 1) * wider > READ_TOKENS
+            if group and (too_much or not _same(text.known, group[0].known)):
+                break
+            group.append(self._waiting.popleft())
+            width, longest = wider, max(longest, text.most_tokens)
+        return group
+
+    def _write(self, feed: Feed) -> None:
+        """Write each text's next token."""
+        scores = self._decoder.step([text.next for text in self._texts])
+        written = [len(text.completion.ids) for text in self._texts]
+        tokens = choose(scores, [text.sampling for text in self._texts], written)
+        for slot in reversed(range(len(tokens))):
+            text = self._texts[slot]
+            text.next = tokens[slot]
+            text.completion.take(tokens[slot])
+            if text.completion.ended:
+                self._drop(slot)
+                prediction = text.completion.prediction()
+                if text.cut:
+                    prediction.facts["truncated"] = True
+                if text.known is not None:
+                    prediction.usage = {**prediction.usage, "cached_tokens": text.known.length}
+                feed.answer(text.entry, prediction)
+
+    def _drop(self, slot: int) -> Text:
+        """Take a text out; the last one has its slot now."""
+        self._decoder.drop(slot)
+        text, last = self._texts[slot], self._texts.pop()
+        if last is not text:
+            self._texts[slot] = last
+        return text
+
+
+def _same(one: Prefix | None, other: Prefix | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.length == other.length and one.source is other.source
