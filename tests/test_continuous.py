@@ -1,0 +1,482 @@
+"""Texts that are written together: who joins, who leaves, and that nobody notices the others."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+
+import pytest
+import torch
+import transformers
+
+from backend.adapters import continuous, prefixes, slots
+from backend.adapters.base import Prediction, too_late
+from backend.adapters.echo import Echo
+from backend.adapters.prefixes import LEAST, Prefixes
+from backend.adapters.slots import writes_like_alone
+from backend.errors import InvalidRequest
+from tests.checkpoints import checkpoint, sentence
+from tests.conftest import run, together, write_models
+from tests.serving import Gunicorn, wait_for
+
+__all__ = ["checkpoint"]
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+# Each with whether its texts can be written in slots: not where a layer forgets, where positions
+# are no numbers of their own, and where there is no list of keys and values.
+MODELS = {
+    "Llama": ({}, True),
+    "Qwen2": ({"num_key_value_heads": 2}, True),
+    "Qwen3": ({"num_key_value_heads": 2, "head_dim": 16}, True),
+    "Gemma": ({"head_dim": 8, "num_key_value_heads": 1}, True),
+    "Phi": ({}, True),
+    "GPTNeoX": ({}, True),
+    "OPT": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, True),
+    "GPT2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, True),
+    "Mistral": ({"sliding_window": 8}, False),
+    "Bloom": ({"n_layer": 2, "n_head": 4}, False),
+    "Mamba": ({}, False),
+}
+
+
+def model_of(name):
+    special, _ = MODELS[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**SMALL | special)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+class Written:
+    """A feed of prompts that all come at once, with what is written for each."""
+
+    def __init__(self, prompts):
+        self.waiting = list(enumerate(prompts))
+        self.texts = {}
+
+    def take(self, most):
+        taken, self.waiting = self.waiting[:most], self.waiting[most:]
+        return [entry(place, prompt) for place, prompt in taken]
+
+    def answer(self, entry, prediction):
+        self.texts[entry.place] = prediction
+
+
+def entry(place, prompt):
+    class Entry:
+        def __init__(self):
+            self.place, self.input = place, prompt
+            self.options, self.seed, self.listens = {}, None, False
+
+        def cancelled(self):
+            return False
+
+    return Entry()
+
+
+class Ids:
+    """In place of a tokenizer: a token's text is its number."""
+
+    def decode(self, ids, **how):
+        return " ".join(map(str, ids))
+
+
+def written_by(model, prompts, most=16, **how):
+    def begin(entry):
+        options = {"repetition_penalty": 1, "min_tokens": 0, "temperature": 0}
+        return continuous.Text(
+            entry=entry,
+            prompt=entry.input,
+            room=12,
+            cut=False,
+            completion=continuous.Completion(
+                Ids(), prompt_tokens=len(entry.input), room=12, ends={1}, stop=[]
+            ),
+            sampling=continuous.Sampling(options, None, prompt=[], ends={1}, device="cpu"),
+        )
+
+    feed = Written(prompts)
+    how = {"most_texts": most, "most_tokens": 10**6} | how
+    with torch.inference_mode():
+        kept = how.pop("kept", None) or Prefixes(10**6)
+        batch = continuous.ContinuousBatch(model, kept, begin, **how)
+        batch.run(feed)
+    return [feed.texts[place] for place in range(len(prompts))]
+
+
+def alone(model, prompt):
+    """What the library's own ``generate`` writes, without the token that ends it."""
+    ids = torch.tensor([prompt])
+    [text] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+    text = text[len(prompt) :].tolist()
+    return " ".join(map(str, text[: text.index(1)] if 1 in text else text))
+
+
+def prompts_of(count, most=60):
+    draw = random.Random(count)
+    return [[draw.randrange(3, 300) for _ in range(draw.randrange(1, most))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_tried_out_before_texts_are_written_in_slots(name):
+    assert writes_like_alone(model_of(name)) == MODELS[name][1]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, fits) in MODELS.items() if fits])
+def test_texts_are_what_the_library_writes_for_each_alone(name):
+    model, prompts = model_of(name), prompts_of(20)
+    texts = written_by(model, prompts, most=6)
+    assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
+    assert {text.facts["finish_reason"] for text in texts} <= {"stop", "length"}
+
+
+@pytest.mark.parametrize("setting", ["no_repeat_ngram_size", "forced_eos_token_id"])
+def test_what_only_generate_does_is_left_to_it(setting):
+    model = model_of("Llama")
+    setattr(model.generation_config, setting, 2)
+    assert not writes_like_alone(model)
+
+
+def test_long_prompts_are_read_in_parts_and_others_are_written_meanwhile(monkeypatch):
+    monkeypatch.setattr(slots, "READ_TOKENS", 8)
+    monkeypatch.setattr(continuous, "READ_TOKENS", 8)
+    model = model_of("Llama")
+    prompts = [[5, 6], *prompts_of(6, most=100)]
+    order = []
+    real = slots.Decoder.step
+
+    def step(self, tokens):
+        order.append(len(tokens))
+        return real(self, tokens)
+
+    monkeypatch.setattr(slots.Decoder, "step", step)
+    texts = written_by(model, prompts)
+    assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
+    assert order[0] == 1  # the first is written while the second is read
+
+
+def test_texts_wait_for_memory_and_all_are_written():
+    model, prompts = model_of("Llama"), prompts_of(12)
+    texts = written_by(model, prompts, most_tokens=100)
+    assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
+
+
+def test_one_that_is_more_than_the_memory_is_for_is_written_alone():
+    model, prompts = model_of("Llama"), prompts_of(3)
+    texts = written_by(model, prompts, most_tokens=1)
+    assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
+
+
+def test_the_beginning_that_prompts_have_in_common_is_read_once(monkeypatch):
+    model, kept = model_of("Llama"), Prefixes(10**6)
+    begins = prompts_of(1, most=2)[0] + list(range(10, 10 + LEAST))
+    prompts = [[*begins, *rest] for rest in prompts_of(8, most=10)]
+    first = written_by(model, prompts[:1], kept=kept)
+    read = []
+    real = slots.Decoder.read
+
+    def reading(self, prompts, known=None):
+        read.append((len(prompts), known and known.length))
+        return real(self, prompts, known)
+
+    monkeypatch.setattr(slots.Decoder, "read", reading)
+    others = written_by(model, prompts[1:], kept=kept)
+    assert read == [(7, len(begins))]
+    texts = [*first, *others]
+    assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
+    assert "cached_tokens" not in first[0].usage
+    assert [text.usage["cached_tokens"] for text in others] == [len(begins)] * 7
+
+
+def layers_of(ids):
+    class Layer:
+        keys = values = torch.tensor(ids, dtype=torch.float32)[None, None, :, None]
+
+    return [Layer()]
+
+
+def test_beginnings_are_kept_while_there_is_room_the_last_used_longest():
+    one, two, three = ([place, *range(LEAST)] for place in (1, 2, 3))
+    size = 2 * 4 * len(one)
+    kept = Prefixes(2 * size)
+    kept.keep(one, layers_of(one), 0)
+    kept.keep(two, layers_of(two), 0)
+    assert kept.find([*one, 7]).length == len(one)
+    kept.keep(three, layers_of(three), 0)
+    assert kept.find(two) is None
+    found = kept.find([*one[:-1], 99])
+    assert found.length == len(one) - 1
+    assert found.layers[0][0].flatten().tolist() == one[:-1]
+    longer = [*three, 5]
+    kept.keep(longer, layers_of(longer), 0)  # too much beside `one`; it has all of `three`
+    assert kept.find(one) is None
+    assert kept.find([*longer, 1]).length == len(longer)
+    kept.keep(three, layers_of(three), 0)
+    assert len(kept._kept) == 1
+    much = list(range(1000))
+    kept.keep(much, layers_of(much), 0)
+    assert kept.find(much).length == LEAST - 1 if LEAST < 32 else kept.find(much) is None
+    short = one[: LEAST - 1]
+    kept.keep(short, layers_of(short), 0)
+    assert prefixes._common(kept._kept[0][0], kept._kept[0][0]) == len(longer)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("continuous")
+    model = {"type": "text-generation", "hf_model": checkpoint("llama_without_end")}
+    entries = [
+        {"id": "writer", **model, "max_batch_size": 64},
+        {"id": "chat", "type": "chat", "hf_model": checkpoint("llama")},
+        {"id": "endless", "type": "text2text-generation", "hf_model": checkpoint("t5")},
+    ]
+    settings = {"CRANE_THREADS": 64}
+    server = Gunicorn(write_models(folder, entries), folder / "data", settings).wait_until_ready()
+    assert server.run("writer", "a", options={"max_tokens": 1})[0] == 200
+    yield server
+    server.stop()
+
+
+def tokens(answer):
+    return answer["metadata"]["usage"]["output_tokens"]
+
+
+def text_of(events):
+    return "".join(data["text"] for name, data in events if name == "delta")
+
+
+def test_a_short_call_is_answered_beside_a_long_one(server):
+    long = server.stream("writer", "a", options={"max_tokens": 240})
+    long.until("delta")
+    status, short = server.run("writer", "b", options={"max_tokens": 4})
+    assert status == 200
+    assert short["metadata"]["batch_size"] == 2
+    left = [data["text"] for name, data in long if name == "delta"]
+    assert left  # the long one goes on after it
+    assert short["output"] == server.run("writer", "b", options={"max_tokens": 4})[1]["output"]
+
+
+def test_calls_that_differ_in_all_their_options_run_together_and_as_alone(server):
+    draw = random.Random(2)
+    calls = []
+    for place in range(24):
+        options = {
+            "max_tokens": draw.randrange(20, 60),
+            "temperature": draw.choice([0, 0, 0.7, 1.5]),
+            "top_p": draw.choice([1.0, 0.8]),
+            "top_k": draw.choice([0, 5, 40]),
+            "min_tokens": draw.choice([0, 10]),
+            "repetition_penalty": draw.choice([1.0, 1.0, 1.4]),
+            "stop": draw.choice([[], ["a"]]),
+            "seed": place,
+        }
+        calls.append((sentence(draw.randrange(1, 20), place), options))
+    plain = [server.run("writer", text, options=options)[1] for text, options in calls]
+    answers = [None] * len(calls)
+    at_once = threading.Barrier(len(calls))
+
+    def call(place, text, options):
+        at_once.wait()
+        answers[place] = server.run("writer", text, options=options)[1]
+
+    threads = [threading.Thread(target=call, args=[place, *one]) for place, one in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [one["output"] for one in answers] == [one["output"] for one in plain]
+    assert max(one["metadata"]["batch_size"] for one in answers) > 8
+    for one, other in zip(answers, plain, strict=True):
+        for name in ("options", "seed", "finish_reason"):
+            assert one["metadata"].get(name) == other["metadata"].get(name)
+        assert tokens(one) == tokens(other)
+
+
+def test_a_search_with_beams_waits_for_no_more_than_who_was_there_before(server):
+    """While texts without end keep joining, at any time some of them are being written."""
+    over = threading.Event()
+
+    def keep_busy(place):
+        while not over.is_set():
+            assert server.run("writer", str(place), options={"max_tokens": 100})[0] == 200
+
+    threads = [threading.Thread(target=keep_busy, args=[place]) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(lambda: server.get("/crane/models/writer")[1]["running"])
+        status, beams = server.run("writer", "a", options={"max_tokens": 5, "num_beams": 2})
+        assert status == 200
+        assert beams["metadata"]["batch_size"] == 1
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(60)
+
+
+def test_no_token_of_a_caller_reaches_another_in_500_streams_of_which_some_are_cut(server):
+    """Each prompt has a text of its own, and a stream has that text or the beginning of it."""
+    draw = random.Random(9)
+    prompts = [f"caller {place}: {sentence(3, place)}" for place in range(50)]
+    options = {"max_tokens": 24}
+    texts = [server.run("writer", prompt, options=options)[1]["output"] for prompt in prompts]
+    assert len(set(texts)) == 50
+    order = [place for place in range(50) for _ in range(10)]
+    draw.shuffle(order)
+    cuts = [draw.randrange(1, 20) if draw.random() < 0.3 else None for _ in order]
+    wrong, done = [], []
+
+    def call(numbers):
+        for number in numbers:
+            place, cut = order[number], cuts[number]
+            stream = server.stream("writer", prompts[place], options=options)
+            text, deltas = "", 0
+            for name, data in stream:
+                if name == "delta":
+                    text, deltas = text + data["text"], deltas + 1
+                if deltas == cut:
+                    stream.leave()
+                    break
+            whole = texts[place]
+            if not (whole.startswith(text) if cut else text == whole):
+                wrong.append((prompts[place], text))
+            done.append(number)
+
+    threads = [threading.Thread(target=call, args=[range(n, 500, 32)]) for n in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(done) == list(range(500))
+    assert wrong == []
+    wait_for(lambda: not server.get("/crane/models/writer")[1]["running"])
+
+
+def test_a_conversations_beginning_is_told_as_cached(server):
+    told = sentence(20, 1)
+    usage = []
+    for question in ("one", "two"):
+        messages = [{"role": "user", "content": f"{told} {question}"}]
+        status, answer = server.run("chat", {"messages": messages}, options={"max_tokens": 4})
+        assert status == 200, answer
+        usage.append(answer["metadata"]["usage"])
+    assert "cached_tokens" not in usage[0]
+    assert LEAST <= usage[1]["cached_tokens"] < usage[1]["input_tokens"]
+
+
+class Together(Echo):
+    """Answers inputs one after another, a step for all of them at a time."""
+
+    steps = 3
+
+    def joins(self, options):
+        return options["delay_ms"] == 0
+
+    def check(self, running):
+        """Fail, where there is something to fail at."""
+
+    def roll(self, feed, most):
+        running = []
+        while True:
+            running += [[entry, 0] for entry in feed.take(most - len(running))]
+            if not running:
+                return
+            self.check([entry for entry, _ in running])
+            for one in list(running):
+                entry = one[0]
+                one[1] += 1
+                if entry.cancelled():
+                    feed.answer(entry, too_late())
+                elif entry.input == "refused":
+                    feed.answer(entry, InvalidRequest.of({"input": "is refused"}))
+                elif one[1] >= self.steps and entry.input != "endless":
+                    feed.answer(entry, Prediction(entry.input))
+                else:
+                    continue
+                running.remove(one)
+
+
+def call_all(client, model_id, inputs):
+    return together(client, [{"model_id": model_id, "input": one} for one in inputs])
+
+
+def test_one_that_fails_in_a_run_fails_alone(make_app, add_task, capsys):
+    class Fragile(Together):
+        def check(self, running):
+            if any(entry.input == "bad" for entry in running):
+                raise RuntimeError("cannot")
+
+    client = make_app([add_task("fragile", Fragile)]).test_client()
+    inputs = ["a", "bad", "refused", *map(str, range(9))]
+    answers = call_all(client, "fragile", inputs)
+    assert [answer.status_code for answer in answers] == [200, 500, 400, *[200] * 9]
+    assert [answer.json["output"] for answer in answers[3:]] == inputs[3:]
+    assert "failed a batch of" in capsys.readouterr().err
+
+
+def test_too_many_for_the_memory_run_again_by_fewer(make_app, add_task):
+    sizes = []
+
+    class Big(Together):
+        def check(self, running):
+            sizes.append(len(running))
+            if len(running) > 2:
+                raise MemoryError
+
+    app = make_app([add_task("big", Big)])
+    answer = run(app.test_client(), "big", list(range(8)))
+    assert answer.status_code == 200
+    assert answer.json["output"] == list(range(8))
+    assert max(sizes) == 8
+    assert sizes[-1] <= 2
+    again = run(app.test_client(), "big", list(range(8)))
+    assert again.json["metadata"]["batch_size"] <= 2  # which was learnt
+
+
+def test_one_that_is_too_much_by_itself_is_told_so(make_app, add_task):
+    class TooBig(Together):
+        def check(self, running):
+            raise MemoryError
+
+    client = make_app([add_task("too-big", TooBig)]).test_client()
+    answers = call_all(client, "too-big", ["a", "b"])
+    assert [answer.json["error"]["code"] for answer in answers] == ["OUT_OF_MEMORY"] * 2
+    assert run(client, "too-big").status_code == 503
+
+
+def test_what_cannot_join_runs_as_a_batch_between_two_runs(make_app, add_task):
+    client = make_app([add_task("both", Together)]).test_client()
+    body = {"model_id": "both", "input": "x"}
+    requests = [{**body, "options": {"delay_ms": delay}} for delay in (0, 1, 0, 1, 0)]
+    assert [answer.status_code for answer in together(client, requests)] == [200] * 5
+
+
+def test_a_deadline_ends_one_of_a_run_and_not_the_others(make_app, add_task):
+    class Slow(Together):
+        def check(self, running):
+            time.sleep(0.05)
+
+    app = make_app([add_task("slow", Slow)], request_timeout_s=1)
+    answers = call_all(app.test_client(), "slow", ["a", "endless", "b"])
+    assert [answer.status_code for answer in answers] == [200, 504, 200]
+
+
+def test_a_run_keeps_nothing_of_its_texts():
+    model = model_of("Llama")
+    before = len([one for one in gc.get_objects() if isinstance(one, torch.Tensor)])
+    written_by(model, prompts_of(8), kept=Prefixes(0))
+    gc.collect()
+    after = len([one for one in gc.get_objects() if isinstance(one, torch.Tensor)])
+    assert after <= before + 2
