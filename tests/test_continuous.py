@@ -365,7 +365,7 @@ def test_no_token_of_a_caller_reaches_another_in_500_streams_of_which_some_are_c
 
 
 def test_a_conversations_beginning_is_told_as_cached(server):
-    told = sentence(20, 1)
+    told = sentence(45, 1)
     usage = []
     for question in ("one", "two"):
         messages = [{"role": "user", "content": f"{told} {question}"}]
