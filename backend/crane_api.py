@@ -6,15 +6,27 @@ from typing import Any
 
 from flask import Blueprint, Response, g, request
 
-from backend.bodies import bare, wanted_format
+from backend.bodies import bare, request_body, wanted_format
 from backend.engine.status import nowhere
 from backend.errors import ModelUnavailable
 from backend.http import crane
 from backend.models import run_model
+from backend.quota_api import Find
 from backend.registry import ModelSpec
+from backend.schemas import RunRequest
+from backend.schemas import load as load_body
 from backend.tasks import TASKS
 
 bp = Blueprint("crane", __name__, url_prefix="/crane")
+
+
+_RUN_REQUEST = RunRequest()
+
+
+def read(find: Find) -> dict[str, Any]:
+    body: dict[str, Any] = load_body(_RUN_REQUEST, request_body())
+    find(body["model_id"])
+    return body
 
 
 @bp.post("/run")
@@ -24,22 +36,28 @@ def run() -> Response | dict[str, Any]:
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
-    parts = crane()
+    output, metadata = run_read(known, one_output=format_ is not None)
+    if format_ is not None:
+        return bare(output, metadata)
+    return {"output": output, "metadata": metadata}
+
+
+def run_read(known: Any, *, one_output: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Run what the hook has read, and leave with ``known`` what is settled and logged of it."""
+    parts, body = crane(), known.body
     with parts.admission():
         output, metadata = run_model(
             parts,
-            spec.id,
+            body["model_id"],
             body["input"],
             body["options"],
             request_id=known.request_id,
-            one_output=format_ is not None,
+            one_output=one_output,
             caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
         )
     known.usage = metadata["usage"]
     known.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
-    if format_ is not None:
-        return bare(output, metadata)
-    return {"output": output, "metadata": metadata}
+    return output, metadata
 
 
 @bp.get("/models")

@@ -27,6 +27,7 @@ from backend.errors import (
 )
 from backend.media.parts import Media
 from backend.models import Crane
+from backend.openai.errors import error_of
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -160,8 +161,11 @@ def finish(response: Response) -> Response:
 
 def render(error: CraneError) -> Response:
     g.log["error"] = error.code
-    body: dict[str, Any] = {"code": error.code, "message": error.message, "details": error.details}
-    response = jsonify(error=body, request_id=g.request_id)
+    if request.path.startswith("/v1/"):
+        response = jsonify(error_of(error))
+    else:
+        body = {"code": error.code, "message": error.message, "details": error.details}
+        response = jsonify(error=body, request_id=g.request_id)
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -41,6 +41,7 @@ LAYERS = [
     ["backend.adapters.*"],
     ["backend.engine.*"],
     ["backend.models"],
+    ["backend.openai.*"],
     ["backend.bodies", "backend.http", "backend.cli", "backend.*_api"],
     ["backend"],
 ]

@@ -1,0 +1,332 @@
+"""POST /v1/chat/completions: messages in, replies out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import orjson
+from marshmallow import ValidationError, validates_schema
+
+from backend.errors import InvalidRequest, did_you_mean
+from backend.openai.base import CANNOT, Nullable, Only, Option, Order, Route, each, in_body
+from backend.openai.streaming import Event, Style, chunks_of
+from backend.openai.writing import Writing, facts, head, usage
+from backend.registry import ModelSpec
+from backend.schemas import (
+    Boolean,
+    Choice,
+    Integer,
+    ListOf,
+    ObjectOf,
+    StrictField,
+    Text,
+)
+from backend.tasks import TASKS
+
+# Roles in OpenAI's words that are others in ours.
+_ROLES = {"developer": "system"}
+
+
+class AnyObject(StrictField):
+    type_name = "object"
+    expected = "an object"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+
+class Arguments(Text):
+    """The arguments of a tool call: a string that is a JSON object."""
+
+    expected = "a string with a JSON object in it"
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        try:
+            arguments = orjson.loads(super()._deserialize(value, attr, data, **kwargs))
+        except orjson.JSONDecodeError as error:
+            raise ValidationError(f"is not valid JSON: {error}") from None
+        if type(arguments) is not dict:
+            raise ValidationError(f"must be {self.expected}")
+        return arguments
+
+
+class CalledFunction(Nullable):
+    name = Text(required=True)
+    arguments = Arguments(required=True)
+
+
+class ToolCall(Nullable):
+    id = Text(required=True)
+    type = Choice(["function"], required=True)
+    function = ObjectOf(CalledFunction, required=True)
+
+
+class Function(Nullable):
+    name = Text(required=True)
+    description = Text(blank=True)
+    parameters = AnyObject()
+    strict = Only(False)
+
+
+class Tool(Nullable):
+    type = Choice(["function"], required=True)
+    function = ObjectOf(Function, required=True)
+
+
+class TextPart(Nullable):
+    type = Choice(["text"], required=True)
+    text = Text(blank=True, required=True)
+
+
+class ImageUrl(Nullable):
+    url = Text(required=True)
+    detail = Only("auto")
+
+
+class ImagePart(Nullable):
+    type = Choice(["image_url"], required=True)
+    image_url = ObjectOf(ImageUrl, required=True)
+
+
+_PARTS = {"text": ObjectOf(TextPart), "image_url": ObjectOf(ImagePart)}
+
+
+class Part(AnyObject):
+    """A part of a message: what else it has depends on its ``type``."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        kind = value.get("type")
+        if type(kind) is not str:
+            raise ValidationError({"type": ["must be 'text' or 'image_url'"]})
+        if kind not in _PARTS:
+            raise ValidationError({"type": [f"is {kind[:80]!r}: {did_you_mean(kind, [*_PARTS])}"]})
+        return _PARTS[kind].deserialize(value)
+
+
+class Content(StrictField):
+    type_name = "string or list"
+    expected = "a string, or a list of parts of type text or image_url"
+    parts = ListOf(Part(), low=1, high=1000)
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (str, list)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        return value if type(value) is str else self.parts.deserialize(value)
+
+
+class Message(Nullable):
+    """What of it a model can be told is for the model's task to say."""
+
+    role = Choice(["developer", "system", "user", "assistant", "tool"], required=True)
+    content = Content()
+    name = Text()
+    reasoning_content = Text(blank=True)
+    tool_calls = ListOf(ObjectOf(ToolCall), low=1, high=128)
+    tool_call_id = Text()
+
+    @validates_schema
+    def _says_something(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "content" not in data and "tool_calls" not in data:
+            raise ValidationError({"content": ["is missing"]})
+
+
+class JsonSchema(Nullable):
+    name = Text(required=True)
+    description = Text(blank=True)
+    schema = AnyObject(required=True)
+    strict = Boolean()
+
+
+class ResponseFormat(Nullable):
+    type = Choice(["text", "json_object", "json_schema"], required=True)
+    json_schema = ObjectOf(JsonSchema)
+
+    @validates_schema
+    def _agree(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if data["type"] == "json_schema" and "json_schema" not in data:
+            raise ValidationError({"json_schema": ["is missing"]})
+        if data["type"] != "json_schema" and "json_schema" in data:
+            raise ValidationError({"json_schema": ["is for the type json_schema"]})
+
+
+class ChatBody(Writing):
+    messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
+    max_completion_tokens = Option("max_tokens")
+    logprobs = Boolean(load_default=False)
+    top_logprobs = Integer(low=0, high=20)
+    response_format = ObjectOf(ResponseFormat)
+    tools = ListOf(ObjectOf(Tool), low=1, high=128)
+    tool_choice = Only("none", "auto")
+    parallel_tool_calls = Only(True)
+    modalities = Only(["text"])
+    metadata = AnyObject()  # labels of what is stored, and nothing is
+    store = Only(False)
+    service_tier = Only("auto", "default")
+    logit_bias = Only({})
+
+    @validates_schema
+    def _agree(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "top_logprobs" in data and not data["logprobs"]:
+            raise ValidationError({"top_logprobs": ["is for a call with logprobs: true"]})
+        if "stream_options" in data and not data["stream"]:
+            raise ValidationError({"stream_options": ["are for a call with stream: true"]})
+        if "tool_choice" in data and "tools" not in data:
+            raise ValidationError({"tool_choice": ["is for a call with tools"]})
+
+
+def ask(body: dict[str, Any], spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {}
+    if body["logprobs"]:
+        options["top_logprobs"] = body.get("top_logprobs", 0)
+    wanted = body.get("response_format", {"type": "text"})
+    if wanted["type"] == "json_object":
+        options["response_format"] = {"type": "json_object"}
+    elif wanted["type"] == "json_schema":
+        options["response_format"] = {
+            "type": "json_schema",
+            "schema": wanted["json_schema"]["schema"],
+        }
+    sees = spec.type == "image-text-to-text"
+    messages = [_message(one, f"messages[{i}]", sees) for i, one in enumerate(body["messages"])]
+    input_: dict[str, Any] = {"messages": messages}
+    if "tools" in body and body.get("tool_choice") != "none":
+        if "tools" not in _fields(spec):
+            raise InvalidRequest.of({"tools": CANNOT})
+        input_["tools"] = body["tools"]
+    return (input_ if body["n"] == 1 else [input_] * body["n"]), options
+
+
+def _fields(spec: ModelSpec) -> Mapping[str, Any]:
+    """The fields of an input of the model's task."""
+    taken = TASKS[spec.type].input
+    return taken.schema.fields if isinstance(taken, ObjectOf) else {}
+
+
+def _message(message: dict[str, Any], at: str, sees: bool) -> dict[str, Any]:
+    """A message in Crane's words; the task refuses what its models cannot be told."""
+    ours = {**message, "role": _ROLES.get(message["role"], message["role"])}
+    if type(message.get("content")) is list:
+        ours["content"] = _content(message["content"], f"{at}.content", sees)
+    if "tool_calls" in message:
+        ours["tool_calls"] = [
+            {"id": call["id"], **call["function"]} for call in message["tool_calls"]
+        ]
+    return ours
+
+
+def _content(parts: list[dict[str, Any]], at: str, sees: bool) -> Any:
+    if sees:
+        return [
+            part if part["type"] == "text" else {"type": "image", "image": part["image_url"]["url"]}
+            for part in parts
+        ]
+    if faults := {
+        f"{at}[{i}].type": "is 'image_url', and this model reads text alone"
+        for i, part in enumerate(parts)
+        if part["type"] != "text"
+    }:
+        raise InvalidRequest.of(faults)
+    return "\n".join(part["text"] for part in parts)
+
+
+def at(path: str, order: Order) -> str:
+    """All of n copies have the messages of the one that was sent."""
+    if path == "input":
+        return "n" if order.batched else "messages"
+    path = in_body(path.replace(path.split(".")[0], "input", 1), "messages")
+    return path.removesuffix(".image") + ".image_url.url" if path.endswith(".image") else path
+
+
+def reply(text: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if told["reasoning_content"]:
+        message["reasoning_content"] = told["reasoning_content"]
+    if told["tool_calls"]:
+        message["content"] = text or None
+        message["tool_calls"] = [tool_call(call) for call in told["tool_calls"]]
+    return message
+
+
+def tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = orjson.dumps(call["arguments"]).decode()
+    return {
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }
+
+
+def finish_reason(told: Mapping[str, Any]) -> str | None:
+    return "tool_calls" if told["tool_calls"] else told["finish_reason"]
+
+
+def logprobs(told: Mapping[str, Any]) -> dict[str, Any] | None:
+    if told["logprobs"] is None:
+        return None
+    content = [
+        {"token": one["token"], "logprob": one["logprob"], "bytes": one["bytes"]}
+        | {"top_logprobs": one["top"]}
+        for one in told["logprobs"]
+    ]
+    return {"content": content, "refusal": None}
+
+
+def answer(order: Order, output: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    choices = []
+    for index, text in enumerate(each(order, output)):
+        told = facts(metadata, index, batched=order.batched)
+        choices.append(
+            {
+                "index": index,
+                "message": reply(text, told),
+                "logprobs": logprobs(told),
+                "finish_reason": finish_reason(told),
+            }
+        )
+    begun = head("chat.completion", order.spec.id, metadata["request_id"])
+    return {**begun, "choices": choices, "usage": usage(metadata)}
+
+
+def _last(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if told["tool_calls"]:
+        calls = [{"index": i, **tool_call(call)} for i, call in enumerate(told["tool_calls"])]
+        yield _delta({"tool_calls": calls})
+    yield {"delta": {}, "logprobs": logprobs(told), "finish_reason": finish_reason(told)}
+
+
+def _delta(delta: dict[str, Any]) -> dict[str, Any]:
+    return {"delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _more(text: str, kind: str | None) -> dict[str, Any]:
+    return _delta({"reasoning_content" if kind == "reasoning" else "content": text})
+
+
+_STYLE = Style(
+    kind="chat.completion.chunk",
+    first=lambda: _delta({"role": "assistant", "content": ""}),
+    more=_more,
+    last=_last,
+)
+
+
+def chunks(order: Order, events: Iterable[Event], request_id: str) -> Iterator[str]:
+    return chunks_of(_STYLE, order, events, request_id)
+
+
+CHAT_COMPLETIONS = Route(
+    path="/v1/chat/completions",
+    types=("chat", "image-text-to-text"),
+    body=ChatBody,
+    main="messages",
+    ask=ask,
+    answer=answer,
+    names={"top_logprobs": "logprobs", "response_format": "response_format"},
+    chunks=chunks,
+    at=at,
+)
