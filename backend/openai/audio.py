@@ -107,7 +107,7 @@ def _vtt(output: Any, metadata: Mapping[str, Any]) -> Page:
 
 
 def _text(output: Any, metadata: Mapping[str, Any]) -> Page:
-    return Page(f"{output}\n")
+    return Page(output)
 
 
 _WRITERS = {"json": _json, "text": _text, "verbose_json": _verbose, "srt": _srt, "vtt": _vtt}

@@ -192,7 +192,7 @@ def order(route: Route, spec: ModelSpec, sent: dict[str, Any], routes: Iterable[
         sent = {name: _of_form(value, _taker(name, schema, spec)) for name, value in sent.items()}
     own = {name: sent[name] for name in sent if name in known and name not in schema.fields}
     body = load(schema, {name: value for name, value in sent.items() if name not in own})
-    options, names = {**own}, {**route.names}
+    options, names = {**own}, {**route.names, **{name: name for name in own}}
     faults: dict[str, str] = {}
 
     def put(option: str, name: str, value: Any) -> None:
@@ -207,7 +207,7 @@ def order(route: Route, spec: ModelSpec, sent: dict[str, Any], routes: Iterable[
             put(taken.option, name, body[name])
     input_, more = route.ask(body, spec)
     for option, value in more.items():
-        put(option, route.names.get(option, option), value)
+        put(option, route.names[option], value)
     faults |= {names.get(option, option): CANNOT for option in options if option not in known}
     if faults:
         raise InvalidRequest.of(faults)

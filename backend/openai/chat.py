@@ -145,6 +145,7 @@ class JsonSchema(Nullable):
 class ResponseFormat(Nullable):
     type = Choice(["text", "json_object", "json_schema"], required=True)
     json_schema = ObjectOf(JsonSchema)
+    value = AnyObject()  # the schema, where huggingface_hub's client writes json_object for it
 
     @validates_schema
     def _agree(self, data: dict[str, Any], **kwargs: Any) -> None:
@@ -152,6 +153,8 @@ class ResponseFormat(Nullable):
             raise ValidationError({"json_schema": ["is missing"]})
         if data["type"] != "json_schema" and "json_schema" in data:
             raise ValidationError({"json_schema": ["is for the type json_schema"]})
+        if data["type"] != "json_object" and "value" in data:
+            raise ValidationError({"value": ["is for the type json_object"]})
 
 
 class ChatBody(Writing):
@@ -184,13 +187,11 @@ def ask(body: dict[str, Any], spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
     if body["logprobs"]:
         options["top_logprobs"] = body.get("top_logprobs", 0)
     wanted = body.get("response_format", {"type": "text"})
-    if wanted["type"] == "json_object":
-        options["response_format"] = {"type": "json_object"}
-    elif wanted["type"] == "json_schema":
-        options["response_format"] = {
-            "type": "json_schema",
-            "schema": wanted["json_schema"]["schema"],
-        }
+    schema = wanted.get("value") or wanted.get("json_schema", {}).get("schema")
+    if schema is not None:
+        options["response_format"] = {"type": "json_schema", "schema": schema}
+    elif wanted["type"] != "text":
+        options["response_format"] = {"type": wanted["type"]}
     sees = spec.type == "image-text-to-text"
     messages = [_message(one, f"messages[{i}]", sees) for i, one in enumerate(body["messages"])]
     input_: dict[str, Any] = {"messages": messages}
