@@ -49,6 +49,9 @@ class Option(Anything):
         super().__init__(**kwargs)
         self.option, self.idle = option, tuple(idle)
 
+    def says_nothing(self, value: Any) -> bool:
+        return type(value) is not bool and value in self.idle
+
 
 class Stop(Option):
     """A string or a list of them."""
@@ -190,7 +193,11 @@ def order(route: Route, spec: ModelSpec, sent: dict[str, Any], routes: Iterable[
     schema, known = route.body(), spec.options_schema.fields
     if route.form:
         sent = {name: _of_form(value, _taker(name, schema, spec)) for name, value in sent.items()}
-    own = {name: sent[name] for name in sent if name in known and name not in schema.fields}
+    own = {
+        name: value
+        for name, value in sent.items()
+        if name in known and name not in schema.fields and value is not None
+    }
     body = load(schema, {name: value for name, value in sent.items() if name not in own})
     options, names = {**own}, {**route.names, **{name: name for name in own}}
     faults: dict[str, str] = {}
@@ -203,7 +210,7 @@ def order(route: Route, spec: ModelSpec, sent: dict[str, Any], routes: Iterable[
     for name, taken in schema.fields.items():
         if not isinstance(taken, Option) or name not in body:
             continue
-        if taken.option in known or body[name] not in taken.idle:
+        if taken.option in known or not taken.says_nothing(body[name]):
             put(taken.option, name, body[name])
     input_, more = route.ask(body, spec)
     for option, value in more.items():

@@ -61,7 +61,8 @@ def chunks_of(
                 for place in places:
                     yield chunk(place, style.first())
             elif event.kind == "delta":
-                spoken.add(data["index"])
+                if data.get("kind") != "reasoning":
+                    spoken.add(data["index"])
                 yield chunk(data["index"], style.more(data["text"], data.get("kind")))
             elif event.kind == "output":
                 # Whatever came in pieces is known by now; a model may have none of them.
