@@ -54,7 +54,7 @@ class DocumentField(StrictField):
     """A text, or an object with one; either way loaded as the text."""
 
     type_name = "string or object"
-    expected = 'a string, or an object such as {"text": "…"}'
+    expected = "a string, or an object with a text"
     schema = ObjectOf(Document)
 
     def accepts(self, value: Any) -> bool:
