@@ -641,6 +641,7 @@ REFUSED = [
      "max_completion_tokens", "max_tokens"),
     ("chat/completions", CHAT, {"temperature": 2.5}, "temperature", "at most 2"),
     ("chat/completions", CHAT, {"top_p": -1}, "top_p", "at least"),
+    ("chat/completions", CHAT, {"frequency_penalty": False}, "frequency_penalty", ""),
     ("chat/completions", CHAT, {"stop": [5]}, "stop[0]", "a string"),
     ("chat/completions", CHAT, {"stop": ["a"] * 9}, "stop", "0 to 8"),
     ("chat/completions", CHAT, {"seed": -1}, "seed", "at least 0"),
