@@ -69,17 +69,15 @@ class Only(StrictField):
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         if not any(value == one and type(value) is type(one) for one in self.values):
-            known = " or ".join(_shown(one) for one in self.values)
+            known = " or ".join(orjson.dumps(one).decode() for one in self.values)
             raise ValidationError(f"can only be {known} here, not {_shown(value)}")
         return value
 
 
 def _shown(value: Any) -> str:
-    if type(value) is bool:
-        return str(value).lower()
-    if type(value) is str:
-        return repr(value[:80])
-    return str(value) if type(value) in (int, float) else kind(value)
+    if type(value) in (bool, int, float, str):
+        return orjson.dumps(value).decode()[:80]
+    return kind(value)  # which may be of any depth
 
 
 class TextOrTexts(StrictField):

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from marshmallow import ValidationError, validates_schema
-
 from backend.openai.base import Only, Order, Route, TextOrTexts, each, in_body
 from backend.openai.streaming import Event, Style, chunks_of
 from backend.openai.writing import Writing, facts, head, usage
@@ -22,11 +20,6 @@ class CompletionBody(Writing):
     echo = Only(False)
     suffix = Only("")
     logit_bias = Only({})
-
-    @validates_schema
-    def _agree(self, data: dict[str, Any], **kwargs: Any) -> None:
-        if "stream_options" in data and not data["stream"]:
-            raise ValidationError({"stream_options": ["are for a call with stream: true"]})
 
 
 def ask(body: dict[str, Any], spec: ModelSpec) -> tuple[Any, dict[str, Any]]:

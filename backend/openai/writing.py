@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from marshmallow import ValidationError, validates_schema
+
 from backend.openai.base import Body, Nullable, Only, Option, Stop
 from backend.schemas import Boolean, Integer, ObjectOf
 
@@ -28,6 +30,11 @@ class Writing(Body):
     presence_penalty = Option("presence_penalty", idle=(0,))
     stream = Boolean(load_default=False)
     stream_options = ObjectOf(StreamOptions)
+
+    @validates_schema
+    def _streams(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "stream_options" in data and not data["stream"]:
+            raise ValidationError({"stream_options": ["are for a call with stream: true"]})
 
 
 def head(kind: str, model_id: str, request_id: str) -> dict[str, Any]:
