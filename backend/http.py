@@ -117,7 +117,13 @@ def install(app: Flask, config: Config) -> None:
             app,
             origins=list(config.allowed_origins),
             methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-API-Key",
+                "X-Request-ID",
+                r"X-Stainless-[\w-]+",  # which OpenAI's client for browsers sends about itself
+            ],
             expose_headers=[
                 "Content-Disposition",
                 "RateLimit",

@@ -589,6 +589,17 @@ def test_where_callers_need_a_key_so_do_all_of_these(make_app):
     assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
+def test_the_client_for_browsers_may_say_what_it_is(make_app):
+    http = make_app(allowed_origins=("https://a.com",)).test_client()
+    asked = {
+        "Origin": "https://a.com",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, x-other, x-stainless-lang",
+    }
+    answer = http.options("/v1/chat/completions", headers=asked)
+    assert answer.headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-lang"
+
+
 # What is wrong is told by OpenAI's name of it.
 
 CHAT = {"model": "chat", "messages": TOLD}
