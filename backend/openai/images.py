@@ -71,11 +71,14 @@ def _sides(body: Mapping[str, Any]) -> dict[str, Any]:
 def answer(order: Order, output: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     applied = metadata["options"]
     pictures = output if type(output) is list else [output]
+    # OpenAI has no word for a picture that the checkpoint's own checker blacked out.
+    flagged = {"flagged": True} if metadata.get("flagged") else {}
     return {
         "created": int(time.time()),
         "data": [{"b64_json": picture.to_json()["data"]} for picture in pictures],
         "output_format": applied["format"],
         "size": f"{applied['width']}x{applied['height']}",
+        **flagged,
     }
 
 
