@@ -18,7 +18,7 @@ def create_app(config: Config | None = None) -> Flask:
 
     from flask import Flask
 
-    from backend import bodies, cli, crane_api, http, logs, ops_api, quota_api
+    from backend import bodies, cli, crane_api, http, logs, openai_api, ops_api, quota_api
     from backend.callers import Callers
     from backend.config import Config
     from backend.engine.connect import connect
@@ -59,8 +59,9 @@ def create_app(config: Config | None = None) -> Flask:
             app.wsgi_app, x_for=config.trusted_proxies, x_proto=0, x_host=0
         )
     http.install(app, config)
-    quota_api.install(app)
+    quota_api.install(app, {"crane.run": crane_api.read, **openai_api.READERS})
     app.register_blueprint(crane_api.bp)
+    app.register_blueprint(openai_api.bp)
     app.register_blueprint(quota_api.bp)
     app.register_blueprint(ops_api.bp)
     app.cli.add_command(cli.crane)

@@ -14,10 +14,11 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from backend.errors import InvalidRequest, NotAcceptable, PayloadTooLarge, UnsupportedMediaType
 from backend.media.parts import Media, Upload
 from backend.registry import ModelSpec
+from backend.sse import EVENT_STREAM
 from backend.tasks import TASKS
 
 JSON = "application/json"
-EVENT_STREAM = "text/event-stream"
+FORM = "multipart/form-data"
 MAX_FORM_PARTS = 100
 PARTS = ("model_id", "input", "options", "stream")  # of a form, beside those of its input
 HEADER_TEXT = 200  # characters of one option's text in X-Crane-Metadata
@@ -27,13 +28,45 @@ def request_body() -> Any:
     """The request's JSON or form; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
     if request.is_json:
         return json_of(request.get_data(), "body")
-    if request.mimetype == "multipart/form-data":
+    if request.mimetype == FORM:
         return form_body()
+    raise _not_sent_as(f"{JSON}, or files as {FORM}")
+
+
+def json_body() -> Any:
+    """The request's JSON; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
+    if not request.is_json:
+        raise _not_sent_as(JSON)
+    return json_of(request.get_data(), "body")
+
+
+def form_lists() -> dict[str, Any]:
+    """The parts of a form by name; those whose name ends with ``[]`` are a list without it.
+
+    Raises ``UnsupportedMediaType`` or ``InvalidRequest``.
+    """
+    if request.mimetype != FORM:
+        raise _not_sent_as(FORM)
+    parts: dict[str, Any] = {}
+    faults: dict[str, str] = {}
+    for name, value in form_parts():
+        bare_name = name.removesuffix("[]")
+        if bare_name == name and name in parts:
+            faults[name[:80]] = f"is there twice; the parts of a list are called {name[:80]}[]"
+        elif bare_name == name:
+            parts[name] = value
+        elif type(parts.setdefault(bare_name, [])) is list:
+            parts[bare_name].append(value)
+        else:
+            faults[name[:80]] = f"is there as {bare_name[:80]} too"
+    if faults:
+        raise InvalidRequest.of(faults)
+    return parts
+
+
+def _not_sent_as(wanted: str) -> UnsupportedMediaType:
     sent = request.mimetype[:100] or "none"
-    raise UnsupportedMediaType(
-        "Send the body as Content-Type: application/json, or files as multipart/form-data; "
-        f"this one's is {sent}."
-    )
+    return UnsupportedMediaType(f"Send the body as Content-Type: {wanted}; this one's is {sent}.")
 
 
 def json_of(data: bytes | str, at: str) -> Any:
@@ -96,7 +129,7 @@ def wants_stream(body: dict[str, Any]) -> bool:
     """Whether the answer is to be a stream: as the body says, or else as the Accept header does."""
     if body["stream"] is not None:
         return bool(body["stream"])
-    if "text/event-stream" not in request.headers.get("Accept", ""):
+    if EVENT_STREAM not in request.headers.get("Accept", ""):
         return False
     return request.accept_mimetypes.best_match([JSON, EVENT_STREAM]) == EVENT_STREAM
 

@@ -6,16 +6,28 @@ from typing import Any
 
 from flask import Blueprint, Response, g, request
 
-from backend.bodies import bare, wanted_format, wants_stream
+from backend.bodies import bare, request_body, wanted_format, wants_stream
 from backend.engine.status import nowhere
 from backend.errors import ModelUnavailable
 from backend.http import crane
-from backend.models import run_model, stream_model
+from backend.models import run_model
+from backend.quota_api import Find
 from backend.registry import ModelSpec
+from backend.schemas import RunRequest
+from backend.schemas import load as load_body
 from backend.streams import streamed
 from backend.tasks import TASKS
 
 bp = Blueprint("crane", __name__, url_prefix="/crane")
+
+
+_RUN_REQUEST = RunRequest()
+
+
+def read(find: Find) -> dict[str, Any]:
+    body: dict[str, Any] = load_body(_RUN_REQUEST, request_body())
+    find(body["model_id"])
+    return body
 
 
 @bp.post("/run")
@@ -23,33 +35,31 @@ def run() -> Response | dict[str, Any]:
     known: Any = g._get_current_object()
     body, spec = known.body, known.spec  # which the hook has read, and found
     if wants_stream(body):
-        return streamed(
-            stream_model(
-                crane(),
-                spec.id,
-                body["input"],
-                body["options"],
-                request_id=known.request_id,
-                caller_socket=request.environ.get("gunicorn.socket"),
-            )
-        )
+        return streamed()
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
+    output, metadata = run_read(known, one_output=format_ is not None)
+    if format_ is not None:
+        return bare(output, metadata)
+    return {"output": output, "metadata": metadata}
+
+
+def run_read(known: Any, *, one_output: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Run what the hook has read, and leave with ``known`` what is settled and logged of it."""
+    body = known.body
     output, metadata = run_model(
         crane(),
-        spec.id,
+        body["model_id"],
         body["input"],
         body["options"],
         request_id=known.request_id,
-        one_output=format_ is not None,
+        one_output=one_output,
         caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
     )
     known.usage = metadata["usage"]
     known.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
-    if format_ is not None:
-        return bare(output, metadata)
-    return {"output": output, "metadata": metadata}
+    return output, metadata
 
 
 @bp.get("/models")

@@ -34,10 +34,13 @@ class CraneError(Exception):
         self.headers = dict(headers or {})
 
     @classmethod
-    def of(cls, faults: Mapping[str, str]) -> Self:
-        """Name every fault of a request, keyed by the path of the field it is in."""
-        shown = "; ".join(f"{path} {fault}" for path, fault in list(faults.items())[:3])
-        more = f" (and {len(faults) - 3} more, see details)" if len(faults) > 3 else ""
+    def of(cls, faults: Mapping[str, str], *, most: int = 3) -> Self:
+        """Name every fault of a request, keyed by the path of the field it is in.
+
+        The message tells ``most`` of them.
+        """
+        shown = "; ".join(f"{path} {fault}" for path, fault in list(faults.items())[:most])
+        more = f" (and {len(faults) - most} more, see details)" if len(faults) > most else ""
         end = "" if f"{shown}{more}".endswith("?") else "."
         return cls(f"The request is not valid: {shown}{more}{end}", details=faults)
 

@@ -27,6 +27,7 @@ from backend.errors import (
 )
 from backend.media.parts import Media
 from backend.models import Crane
+from backend.openai.errors import error_of
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -117,7 +118,13 @@ def install(app: Flask, config: Config) -> None:
             app,
             origins=list(config.allowed_origins),
             methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-API-Key",
+                "X-Request-ID",
+                r"X-Stainless-[\w-]+",  # which OpenAI's client for browsers sends about itself
+            ],
             expose_headers=[
                 "Content-Disposition",
                 "RateLimit",
@@ -175,7 +182,8 @@ def error_body(error: CraneError, request_id: str) -> dict[str, Any]:
 
 def render(error: CraneError) -> Response:
     g.log["error"] = error.code
-    response = jsonify(error_body(error, g.request_id))
+    openai = request.path.startswith("/v1/")
+    response = jsonify(error_of(error) if openai else error_body(error, g.request_id))
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from flask import Blueprint, Flask, Request, Response, g, request
 
-from backend.bodies import request_body
 from backend.errors import ClientClosedRequest, CraneError
 from backend.http import add_headers, crane
 from backend.meter import Lease, Meter, quota_headers, units
 from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
-from backend.schemas import RunRequest, load
 
 bp = Blueprint("quota", __name__, url_prefix="/crane")
 
-_RUN_REQUEST = RunRequest()
+# Finds the model of a request, once its body names it.
+Find = Callable[[str], ModelSpec]
+# Reads a request that is metered: ``{"model_id", "input", "options"}``, of a model that was found.
+Reader = Callable[[Find], dict[str, Any]]
+
 # What anybody may ask, key or not: a load balancer has none.
 OPEN = {"ops.livez", "ops.readyz", "ops.metrics"}
-METERED = {"crane.run"}
 
 
-def install(app: Flask) -> None:
-    app.before_request(hold)
+def install(app: Flask, readers: Mapping[str, Reader]) -> None:
+    """Put the hooks on an app; ``readers`` has that of each endpoint which is metered."""
+    app.before_request(partial(hold, readers))
     app.after_request(settle)
 
 
-def hold() -> None:
+def hold(readers: Mapping[str, Reader]) -> None:
     """Find the caller, and spend of its quota what the call may cost; a refusal costs nothing.
 
     The cost is the model's, so the body is read before: what is malformed, or asks for a model that
@@ -47,12 +51,17 @@ def hold() -> None:
     )
     if caller.key_id is not None:
         known.log["key_id"] = caller.key_id
-    if endpoint not in METERED:
+    if endpoint not in readers:
         return
-    body = known.body = load(_RUN_REQUEST, request_body())
-    known.log["model_id"] = body["model_id"][:100]
-    spec = known.spec = parts.registry.get(body["model_id"])
-    caller.check_may_use(spec.id)
+
+    def find(model_id: str) -> ModelSpec:
+        known.log["model_id"] = model_id[:100]
+        spec = known.spec = parts.registry.get(model_id)
+        caller.check_may_use(spec.id)
+        return spec
+
+    body = known.body = readers[endpoint](find)
+    spec = known.spec
     if parts.config.quota == "on":
         count = len(body["input"]) if type(body["input"]) is list else 1
         cost = spec.cost.reserve(asked(spec, body["options"]), count)

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from socket import socket
 from typing import Any
 
 from flask import Response, g, request
 
-from backend.bodies import EVENT_STREAM
 from backend.engine.calls import Event
 from backend.errors import ClientClosedRequest, CraneError, InternalError
 from backend.http import add_headers, crane, error_body, to_json
+from backend.models import stream_model
 from backend.quota_api import settle_stream
+from backend.sse import EVENT_STREAM, IDLE, event
 
 logger = logging.getLogger("crane.http")
 
-IDLE = b": still here\n\n"  # a comment, which clients pass over
 # For one event to be taken by a caller that reads nothing: its thread is free then.
 SEND_TIMEOUT_S = 30.0
 
-Events = Generator[Event | None]
-Writer = Callable[[Iterator[Event | None]], Iterator[bytes]]
+Writer = Callable[[Iterator[Event | None], str], Iterator[str]]
 
 
-def event(name: str, data: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(data))
-
-
-def write_events(events: Iterator[Event | None]) -> Iterator[bytes]:
+def write_events(events: Iterator[Event | None], request_id: str) -> Iterator[str]:
     """``POST /crane/run``'s own: each event under its name."""
     for told in events:
-        yield IDLE if told is None else event(told.kind, told.data)
+        yield IDLE if told is None else event(to_json(told.data), told.kind)
 
 
-def write_error(error: CraneError, request_id: str) -> bytes:
-    return event("error", error_body(error, request_id))
+def write_error(error: CraneError, request_id: str) -> str:
+    return event(to_json(error_body(error, request_id)), "error")
 
 
 def streamed(
-    events: Events,
-    write: Writer = write_events,
-    write_error: Callable[[CraneError, str], bytes] = write_error,
+    write: Writer = write_events, write_error: Callable[[CraneError, str], str] = write_error
 ) -> Response:
-    """Stream what is told of a call, as ``write`` writes it.
+    """Stream what is told of the call that the hook has read, as ``write`` writes it.
 
     An error that comes before anything else, within ``IDLE_S``, is raised, and so an answer like
     any other; after that it is the stream's last event.
@@ -53,6 +46,15 @@ def streamed(
     known: Any = g._get_current_object()
     parts = crane()
     caller: socket | None = request.environ.get("gunicorn.socket")
+    body = known.body
+    events = stream_model(
+        parts,
+        body["model_id"],
+        body["input"],
+        body["options"],
+        request_id=known.request_id,
+        caller_socket=caller,
+    )
 
     def seen() -> Iterator[Event | None]:
         for told in chain([first], events):
@@ -62,12 +64,12 @@ def streamed(
                 known.log |= {name: metadata[name] for name in ("timings_ms", "batch_size")}
             yield told
 
-    def body() -> Iterator[bytes]:
+    def lines() -> Iterator[str]:
         failed: CraneError | None = ClientClosedRequest("")  # unless it comes to its end
         if caller is not None:
             caller.settimeout(SEND_TIMEOUT_S)
         try:
-            yield from write(seen())
+            yield from write(seen(), known.request_id)
             failed = None
         except ClientClosedRequest:
             pass
@@ -90,4 +92,4 @@ def streamed(
     first = next(events)
     known.streams = True
     add_headers({"X-Accel-Buffering": "no"})  # nginx would keep events until it has some kilobytes
-    return Response(body(), mimetype=EVENT_STREAM)
+    return Response(lines(), mimetype=EVENT_STREAM)

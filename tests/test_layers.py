@@ -20,6 +20,7 @@ LAYERS = [
         "backend.media",
         "backend.metrics",
         "backend.private",
+        "backend.sse",
     ],
     ["backend.media.fetch", "backend.quota.tiers"],
     ["backend.quota", "backend.quota.costs", "backend.quota.decisions"],
@@ -41,9 +42,11 @@ LAYERS = [
     ["backend.adapters.*"],
     ["backend.engine.*"],
     ["backend.models"],
+    ["backend.openai.*"],
     ["backend.bodies", "backend.http", "backend.quota_api", "backend.ops_api"],
     ["backend.streams"],
-    ["backend.cli", "backend.crane_api"],
+    ["backend.crane_api"],
+    ["backend.cli", "backend.openai_api"],
     ["backend"],
 ]
 MODEL_LIBRARIES = {

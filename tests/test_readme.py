@@ -22,6 +22,7 @@ from backend.config import Config
 from backend.errors import ERRORS
 from backend.media.reader import MediaReader
 from backend.models import load_inputs
+from backend.openai import ROUTES
 from backend.quota.costs import Cost
 from backend.registry import Registry
 from backend.schemas import RunRequest
@@ -207,6 +208,14 @@ def test_a_shown_answer_that_is_not_so_is_noticed():
     assert differences("ab…", "bc")
 
 
+def test_openais_client_is_answered_as_shown(shipped, capsys):
+    [text] = [text for kind, text in BLOCKS if kind == "python" and "openai" in text]
+    here, names = text.replace("127.0.0.1:8000", f"127.0.0.1:{shipped.port}"), {}
+    exec(compile(here, "README.md", "exec"), names)
+    names["client"].close()
+    assert capsys.readouterr().out.strip() == re.search(r"# (.*)$", text, re.MULTILINE)[1]
+
+
 @pytest.mark.parametrize("command", OTHERS)
 def test_every_other_command_is_one_that_works(command):
     program, *arguments = command.split()
@@ -325,6 +334,23 @@ def test_the_table_of_tasks_says_what_the_tasks_say():
     assert list(options) == list(TASKS)
 
 
+def test_the_table_of_openais_routes_has_each_with_its_types():
+    told = {
+        route.strip("`"): tuple(re.findall(r"`([\w-]+)`", types))
+        for route, types, *_ in rows("route", "for models of type")
+    }
+    assert told == {f"POST {route.path}": route.types for route in ROUTES.values()}
+
+
+def test_the_table_of_openais_routes_knows_what_they_take():
+    for route, _, takes, *_ in rows("route", "for models of type"):
+        known = ROUTES[route.strip("`").removeprefix("POST ")].body().fields
+        shown = re.findall(r"`(\w+)(?:\[\])?`", takes)
+        values = {"image_url", "float", "base64", "png", "jpeg", "webp", "inpainting", "flagged"}
+        values |= {"mp3", "opus", "flac", "wav", "json", "text", "verbose_json", "srt", "vtt"}
+        assert set(shown) - values <= set(known), route
+
+
 def test_the_table_of_errors_has_every_error_with_its_status():
     told = [(int(status), code.strip("`")) for status, code, _ in rows("status", "code")]
     assert sorted(told) == sorted((int(error.status), code) for code, error in ERRORS.items())
@@ -370,7 +396,7 @@ def test_the_examples_of_models_are_entries_that_load(tmp_path):
 def test_the_example_of_a_task_is_all_that_a_task_needs(make_app, monkeypatch):
     names = {}
     for kind, text in BLOCKS:
-        if kind == "python":
+        if kind == "python" and "openai" not in text:
             exec(compile(text, "README.md", "exec"), names)
     task = names["SIMILARITY"]
     monkeypatch.setitem(tasks.TASKS, task.name, task)

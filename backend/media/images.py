@@ -38,6 +38,8 @@ _WRITE: dict[str, dict[str, Any]] = {
     "webp": {"quality": 95},
 }
 
+CLEAR = "clear"  # a mode of ours: white where a picture is see-through, black where it is not
+
 
 @all_cores()
 def decode_image(
@@ -66,6 +68,8 @@ def decode_image(
         if mime_type not in (None, real, "application/octet-stream"):
             raise Refused(f"is {real}, and its label says {mime_type}")
         claim(image.width * image.height)
+        if mode == CLEAR and not image.has_transparency_data:
+            raise Refused("has nothing see-through, which is where a mask lets paint")
         try:
             return _pixels(image, mode)
         except Exception:
@@ -78,6 +82,8 @@ def _pixels(image: Image, mode: str) -> np.ndarray:
 
     image.load()
     upright = ImageOps.exif_transpose(image)
+    if mode == CLEAR:
+        return 255 - np.asarray(upright.convert("RGBA").getchannel("A"))
     if upright.mode.startswith("I;16"):
         # Pillow cuts 16 bits off at 255; their upper half is the picture.
         return _pixels_of(upright, mode)

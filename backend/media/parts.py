@@ -22,10 +22,14 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A file of a multipart request; ``mime_type`` is what the caller calls it, if anything."""
+    """A file of a multipart request; ``mime_type`` is what the caller calls it, if anything.
+
+    Of a mask that is read with ``see_through_is_white``, only how clear it is counts.
+    """
 
     data: bytes
     mime_type: str | None
+    see_through_is_white: bool = False
 
 
 @dataclass(frozen=True, slots=True)

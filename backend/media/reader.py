@@ -17,11 +17,10 @@ from backend.errors import InvalidRequest, Overloaded, PayloadTooLarge
 from backend.media import Refused
 from backend.media.audio import decode_audio
 from backend.media.fetch import fetch
-from backend.media.images import decode_image
+from backend.media.images import CLEAR, decode_image
 from backend.media.parts import (
     AudioField,
     ImageField,
-    MediaField,
     Source,
     Upload,
     VideoField,
@@ -98,11 +97,12 @@ class Reading:
         if type(value) is not Source:
             return value
         try:
-            return self._decode(value.field, *self._bytes(value.given))
+            return self._decode(value, *self._bytes(value.given))
         except Refused as refused:
             faults[at] = refused
 
-    def _decode(self, field: MediaField, data: bytes, mime_type: str | None) -> Any:
+    def _decode(self, source: Source, data: bytes, mime_type: str | None) -> Any:
+        field = source.field
         if isinstance(field, AudioField):
             claim = partial(self.claim_samples, before_s=self._seconds)
             return decode_audio(data, rate=field.rate, mime_type=mime_type, claim=claim)
@@ -111,7 +111,9 @@ class Reading:
                 data, max_frames=field.max_frames, mime_type=mime_type, claim=self.claim_pixels
             )
         assert isinstance(field, ImageField)
-        return decode_image(data, mode=field.mode, mime_type=mime_type, claim=self.claim_pixels)
+        clear = isinstance(source.given, Upload) and source.given.see_through_is_white
+        mode = CLEAR if clear else field.mode
+        return decode_image(data, mode=mode, mime_type=mime_type, claim=self.claim_pixels)
 
     def claim_pixels(self, pixels: int) -> None:
         """Count pixels that are about to be decoded; raises ``Refused``, ``Overloaded``."""

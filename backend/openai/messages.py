@@ -1,0 +1,171 @@
+"""A chat's messages and tools: as OpenAI's clients send them, and as Crane's tasks take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from marshmallow import ValidationError, validates_schema
+
+from backend.errors import InvalidRequest, did_you_mean
+from backend.openai.base import CANNOT, Nullable, Only
+from backend.registry import ModelSpec
+from backend.schemas import Choice, ListOf, ObjectOf, StrictField, Text
+from backend.tasks import TASKS
+
+# Roles in OpenAI's words that are others in ours.
+_ROLES = {"developer": "system"}
+
+
+class AnyObject(StrictField):
+    type_name = "object"
+    expected = "an object"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+
+class Arguments(Text):
+    """The arguments of a tool call: a string that is a JSON object."""
+
+    expected = "a string with a JSON object in it"
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        try:
+            arguments = orjson.loads(super()._deserialize(value, attr, data, **kwargs))
+        except orjson.JSONDecodeError as error:
+            raise ValidationError(f"is not valid JSON: {error}") from None
+        if type(arguments) is not dict:
+            raise ValidationError(f"must be {self.expected}")
+        return arguments
+
+
+class CalledFunction(Nullable):
+    name = Text(required=True)
+    arguments = Arguments(required=True)
+
+
+class ToolCall(Nullable):
+    id = Text(required=True)
+    type = Choice(["function"], required=True)
+    function = ObjectOf(CalledFunction, required=True)
+
+
+class Function(Nullable):
+    name = Text(required=True)
+    description = Text(blank=True)
+    parameters = AnyObject()
+    strict = Only(False)
+
+
+class Tool(Nullable):
+    type = Choice(["function"], required=True)
+    function = ObjectOf(Function, required=True)
+
+
+class TextPart(Nullable):
+    type = Choice(["text"], required=True)
+    text = Text(blank=True, required=True)
+
+
+class ImageUrl(Nullable):
+    url = Text(required=True)
+    detail = Only("auto")
+
+
+class ImagePart(Nullable):
+    type = Choice(["image_url"], required=True)
+    image_url = ObjectOf(ImageUrl, required=True)
+
+
+_PARTS = {"text": ObjectOf(TextPart), "image_url": ObjectOf(ImagePart)}
+
+
+class Part(AnyObject):
+    """A part of a message: what else it has depends on its ``type``."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        kind = value.get("type")
+        if type(kind) is not str:
+            raise ValidationError({"type": ["must be 'text' or 'image_url'"]})
+        if kind not in _PARTS:
+            raise ValidationError({"type": [f"is {kind[:80]!r}: {did_you_mean(kind, [*_PARTS])}"]})
+        return _PARTS[kind].deserialize(value)
+
+
+class Content(StrictField):
+    type_name = "string or list"
+    expected = "a string, or a list of parts of type text or image_url"
+    parts = ListOf(Part(), low=1, high=1000)
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) in (str, list)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        return value if type(value) is str else self.parts.deserialize(value)
+
+
+class Message(Nullable):
+    """What of it a model can be told is for the model's task to say."""
+
+    role = Choice(["developer", "system", "user", "assistant", "tool"], required=True)
+    content = Content()
+    name = Text()
+    reasoning_content = Text(blank=True)
+    tool_calls = ListOf(ObjectOf(ToolCall), low=1, high=128)
+    tool_call_id = Text()
+
+    @validates_schema
+    def _says_something(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if "content" not in data and "tool_calls" not in data:
+            raise ValidationError({"content": ["is missing"]})
+
+
+def input_of(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """The input that a body's messages and tools come to.
+
+    What can be said to no model of this type, its task refuses.
+    """
+    sees = spec.type == "image-text-to-text"
+    messages = [_message(one, f"messages[{i}]", sees) for i, one in enumerate(body["messages"])]
+    if "tools" not in body or body.get("tool_choice") == "none":
+        return {"messages": messages}
+    if "tools" not in _fields(spec):
+        raise InvalidRequest.of({"tools": CANNOT})
+    return {"messages": messages, "tools": body["tools"]}
+
+
+def _fields(spec: ModelSpec) -> Mapping[str, Any]:
+    """The fields of an input of the model's task."""
+    taken = TASKS[spec.type].input
+    return taken.schema.fields if isinstance(taken, ObjectOf) else {}
+
+
+def _message(message: dict[str, Any], at: str, sees: bool) -> dict[str, Any]:
+    """A message in Crane's words; the task refuses what its models cannot be told."""
+    ours = {**message, "role": _ROLES.get(message["role"], message["role"])}
+    if type(message.get("content")) is list:
+        ours["content"] = _content(message["content"], f"{at}.content", sees)
+    if "tool_calls" in message:
+        ours["tool_calls"] = [
+            {"id": call["id"], **call["function"]} for call in message["tool_calls"]
+        ]
+    return ours
+
+
+def _content(parts: list[dict[str, Any]], at: str, sees: bool) -> Any:
+    if sees:
+        return [
+            part if part["type"] == "text" else {"type": "image", "image": part["image_url"]["url"]}
+            for part in parts
+        ]
+    if faults := {
+        f"{at}[{i}].type": "is 'image_url', and this model reads text alone"
+        for i, part in enumerate(parts)
+        if part["type"] != "text"
+    }:
+        raise InvalidRequest.of(faults)
+    return "\n".join(part["text"] for part in parts)

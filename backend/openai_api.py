@@ -1,0 +1,80 @@
+"""/v1: what OpenAI's clients send, translated for the same ``run_model``."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+from flask import Blueprint, Response, g, request
+from marshmallow import EXCLUDE
+
+from backend.bodies import bare, form_lists, json_body
+from backend.crane_api import run_read
+from backend.errors import CraneError
+from backend.http import crane
+from backend.media.parts import Media
+from backend.openai import ROUTES, Order, Page
+from backend.openai.base import Named, order
+from backend.openai.streaming import write_error
+from backend.quota_api import Find, Reader
+from backend.registry import ModelSpec
+from backend.schemas import load
+from backend.streams import streamed
+
+bp = Blueprint("openai", __name__, url_prefix="/v1")
+
+_NAMED = Named(unknown=EXCLUDE)  # what else there is, the model's route knows
+_STARTED = int(time.time())
+
+
+def read(find: Find) -> dict[str, Any]:
+    """A request to one of ``ROUTES`` as the body of ``/crane/run`` that it stands for."""
+    route = ROUTES[str(request.url_rule)]
+    sent = form_lists() if route.form else json_body()
+    named = (
+        {name: sent[name] for name in ("model",) if name in sent} if type(sent) is dict else sent
+    )
+    spec = find(load(_NAMED, named)["model"])
+    found = g.order = order(route, spec, sent, ROUTES.values())
+    return {"model_id": spec.id, "input": found.input, "options": found.options}
+
+
+def run() -> Response | dict[str, Any]:
+    known: Any = g._get_current_object()
+    asked: Order = known.order
+    try:
+        if asked.streams and asked.route.chunks:
+            return streamed(partial(asked.route.chunks, asked), partial(write_error, asked))
+        output, metadata = run_read(known)
+    except CraneError as error:
+        raise asked.renamed(error) from error
+    answer = asked.route.answer(asked, output, metadata)
+    if isinstance(answer, Media):
+        return bare(answer, metadata)
+    if isinstance(answer, Page):
+        return Response(answer.text, mimetype=answer.mime_type)
+    answered: dict[str, Any] = answer
+    return answered
+
+
+READERS: dict[str, Reader] = {f"{bp.name}.{route.name}": read for route in ROUTES.values()}
+for _route in ROUTES.values():
+    bp.add_url_rule(_route.path.removeprefix("/v1"), _route.name, run, methods=["POST"])
+
+
+@bp.get("/models")
+def models() -> dict[str, Any]:
+    allowed = [spec for spec in crane().registry if g.caller.may_use(spec.id)]
+    return {"object": "list", "data": [_model(spec) for spec in allowed]}
+
+
+@bp.get("/models/<path:model_id>")
+def model(model_id: str) -> dict[str, Any]:
+    spec = crane().registry.get(model_id)
+    g.caller.check_may_use(spec.id)
+    return _model(spec)
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    return {"id": spec.id, "object": "model", "created": _STARTED, "owned_by": "crane"}
