@@ -7,12 +7,12 @@ from typing import Any
 
 from backend import create_app
 from backend.engine.calls import Answer, Call
-from backend.engine.client import EngineClient
+from backend.engine.client import EngineClient, Stream
 
 
 class AnswersItself(EngineClient):
-    def run(self, call: Call, caller_socket: Any = None) -> Answer:
-        return Answer(
+    def stream(self, call: Call, caller_socket: Any = None) -> Stream:
+        yield Answer(
             outputs=call.inputs,
             usage=[{}] * len(call.inputs),
             facts=[{}] * len(call.inputs),
@@ -29,9 +29,6 @@ class AnswersItself(EngineClient):
 
     def control(self, order: str, model_id: str) -> None: ...
     def close(self) -> None: ...
-    def _submit(self, call: Call) -> Any: ...
-    def _wait(self, ticket: Any, timeout_s: float, caller_socket: Any) -> None: ...
-    def _cancel(self, ticket: Any) -> None: ...
 
 
 app = create_app()

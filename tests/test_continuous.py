@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import transformers
 from backend.adapters import continuous, prefixes, slots
 from backend.adapters.base import Prediction, too_late
 from backend.adapters.echo import Echo
+from backend.adapters.footprint import count
+from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import LEAST, Prefixes
 from backend.adapters.slots import writes_like_alone
 from backend.errors import InvalidRequest
@@ -480,3 +483,24 @@ def test_a_run_keeps_nothing_of_its_texts():
     gc.collect()
     after = len([one for one in gc.get_objects() if isinstance(one, torch.Tensor)])
     assert after <= before + 2
+
+
+def test_packed_weights_give_what_they_gave_and_are_counted():
+    model = model_of("Llama").bfloat16()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    weight = model.lm_head.weight.clone()
+    before, size = model(ids).logits, count(SimpleNamespace(model=model))
+    pack_linears(model)
+    if isinstance(model.lm_head, torch.nn.Linear):
+        pytest.skip("this processor has no kernels for it")
+    assert not [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    assert (model(ids).logits - before).abs().max() < 0.02 * before.abs().max()
+    assert torch.equal(model.lm_head.weight, weight)
+    assert count(SimpleNamespace(model=model)) == size
+    assert writes_like_alone(model)
+
+
+def test_float32_weights_are_left_as_they_are():
+    model = model_of("Llama")
+    pack_linears(model)
+    assert isinstance(model.lm_head, torch.nn.Linear)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backend.adapters.base import Entry, Feed, too_late
-from backend.adapters.completion import Completion
+from backend.adapters.completion import Completion, Pace
 from backend.adapters.decoding import Sampling, choose
 from backend.adapters.prefixes import Prefix, Prefixes
 from backend.adapters.slots import READ_TOKENS, Decoder
@@ -58,6 +58,7 @@ class ContinuousBatch:
         self._waiting: deque[Text] = deque()
         self._reading: tuple[list[Text], Iterator[None]] | None = None
         self._texts: list[Text] = []  # in the order of their slots
+        self._pace = Pace()
 
     def run(self, feed: Feed) -> None:
         """Write until nobody waits for anything more."""
@@ -141,6 +142,9 @@ class ContinuousBatch:
                 if text.known is not None:
                     prediction.usage = {**prediction.usage, "cached_tokens": text.known.length}
                 feed.answer(text.entry, prediction)
+        if self._pace.due(len(self._texts)):
+            for text in self._texts:
+                text.completion.speak()
 
     def _drop(self, slot: int) -> Text:
         """Take a text out; the last one has its slot now."""

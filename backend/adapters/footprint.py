@@ -128,6 +128,9 @@ def count(adapter: object) -> int:
         return 0
     sizes: dict[int, int] = {}
     for tensor in _tensors(adapter, torch):
+        if tensor.layout is not torch.strided:  # such as oneDNN's, which has no storage to see
+            sizes[id(tensor)] = tensor.numel() * tensor.itemsize
+            continue
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -148,6 +151,7 @@ def _tensors(root: object, torch: Any) -> Iterator[Any]:
                 yield value
         elif isinstance(value, torch.nn.Module):
             left += [*value.parameters(), *value.buffers()]
+            left += [vars(part).get("packed") for part in value.modules()]
         elif isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list | tuple):

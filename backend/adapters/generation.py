@@ -12,6 +12,7 @@ from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
+from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slots import writes_like_alone
 from backend.adapters.transformers_base import TransformersAdapter
@@ -207,10 +208,12 @@ class CausalGenerator(Generator):
     """A decoder-only model: what it writes goes on from the prompt."""
 
     auto_class = "AutoModelForCausalLM"
+    spares_cores = False
     pads_left = True  # so that every row's next token is in the same place
 
     def load(self) -> None:
         super().load()
+        pack_linears(self.model)
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
         self._goes_on = writes_like_alone(self.model)
         self._prefixes = Prefixes(int(footprint.free(self.device) * PREFIXES_OF_FREE))

@@ -38,7 +38,8 @@ class Server:
     """Hands what callers send to an engine, and its answers back.
 
     One thread owns all connections. The models' threads leave their answers in ``_outbox`` and
-    wake it, so that no connection is closed by one thread while another writes to it.
+    wake it. What streams is sent by them at once: to wake a thread for each event, and to wait for
+    the interpreter while it runs, takes a tenth of the throughput of 64 callers on two cores.
     """
 
     def __init__(self, config: Config, index: int) -> None:
@@ -50,9 +51,12 @@ class Server:
         self._listener.bind(str(config.engine_sockets[index]))
         self._listener.listen(socket.SOMAXCONN)
         self._selector = selectors.DefaultSelector()
-        self._outbox: deque[tuple[Channel, str, Event | Answer | CraneError]] = deque()
+        self._outbox: deque[tuple[Channel, str, Answer | CraneError | None]] = deque()
+        # So that no connection is closed by one thread while another writes to it.
+        self._sending = threading.Lock()
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
+        self._woken_up = False
         self._jobs: dict[Channel, Job | None] = {}
         self._stopping = self._broken = False
 
@@ -70,6 +74,7 @@ class Server:
                     self._accept()
                 elif key.fileobj is self._woken:
                     self._woken.recv(4096)
+                    self._woken_up = False
                     self._send_answers()
                 elif isinstance(key.fileobj, Channel):
                     self._serve(key.fileobj, events)
@@ -87,7 +92,9 @@ class Server:
         self._wake_up()
 
     def _wake_up(self) -> None:
-        # Full means wake-ups that were not read yet, and one more would say nothing new.
+        if self._woken_up:  # and that was not read yet: whatever is there by then will be seen
+            return
+        self._woken_up = True
         with suppress(BlockingIOError):
             self._wake.send(b"\0")
 
@@ -99,8 +106,11 @@ class Server:
 
     def _serve(self, caller: Channel, events: int) -> None:
         try:
-            if events & selectors.EVENT_WRITE and caller.flush():
-                self._selector.modify(caller, selectors.EVENT_READ)
+            if events & selectors.EVENT_WRITE:
+                with self._sending:
+                    flushed = caller.flush()
+                if flushed:
+                    self._selector.modify(caller, selectors.EVENT_READ)
             messages = caller.receive() if events & selectors.EVENT_READ else []
         except (EOFError, OSError):  # the caller gave up, or is gone
             self._drop(caller)
@@ -118,6 +128,9 @@ class Server:
 
     def _run(self, caller: Channel, call: Call) -> None:
         def tell(told: Event | Answer | CraneError) -> None:
+            if isinstance(told, Event):
+                self._send_event(caller, call.request_id, told)
+                return
             self._outbox.append((caller, call.request_id, told))
             self._wake_up()
 
@@ -139,22 +152,38 @@ class Server:
 
     def _send_answers(self) -> None:
         while self._outbox:
-            caller, call_id, told = self._outbox.popleft()
+            caller, call_id, answer = self._outbox.popleft()
             if caller.closed:
                 continue
-            if not isinstance(told, Event):
-                self._jobs[caller] = None
+            if answer is None:  # but there are events that it has not taken yet
+                self._selector.modify(caller, selectors.EVENT_READ | selectors.EVENT_WRITE)
+                continue
+            self._jobs[caller] = None
             try:
-                data = wire.pack_answer(call_id, told)
+                data = wire.pack_answer(call_id, answer)
             except Exception:
                 logger.exception("an output could not be sent")
                 data = wire.pack_answer(call_id, InternalError())
             self._send(caller, data)
 
+    def _send_event(self, caller: Channel, call_id: str, event: Event) -> None:
+        """Send an event, from the thread of the model that it is about.
+
+        A connection that has ended is for the thread to see that owns it.
+        """
+        data = wire.pack_answer(call_id, event)
+        with self._sending, suppress(OSError):
+            if caller.closed or caller.send(data):
+                return
+        self._outbox.append((caller, call_id, None))
+        self._wake_up()
+
     def _send(self, caller: Channel, data: bytes) -> None:
         """Send what the caller takes at once, and the rest when it does: nobody waits for it."""
         try:
-            if not caller.send(data):
+            with self._sending:
+                sent = caller.send(data)
+            if not sent:
                 self._selector.modify(caller, selectors.EVENT_READ | selectors.EVENT_WRITE)
         except OSError:
             self._drop(caller)
@@ -165,7 +194,8 @@ class Server:
         self._selector.unregister(caller)
         if job := self._jobs.pop(caller):
             job.cancel()
-        caller.close()
+        with self._sending:
+            caller.close()
 
 
 def main() -> None:
