@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import threading
 import time
@@ -26,6 +27,7 @@ from tests.serving import Gunicorn, wait_for
 
 __all__ = ["checkpoint"]
 
+CHAT = {"messages": [{"role": "user", "content": "the old tower"}]}
 SMALL = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -99,6 +101,7 @@ class Ids:
 def written_by(model, prompts, most=16, **how):
     def begin(entry):
         options = {"repetition_penalty": 1, "min_tokens": 0, "temperature": 0}
+        options |= {"presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": None}
         return continuous.Text(
             entry=entry,
             prompt=entry.input,
@@ -114,7 +117,7 @@ def written_by(model, prompts, most=16, **how):
     how = {"most_texts": most, "most_tokens": 10**6} | how
     with torch.inference_mode():
         kept = how.pop("kept", None) or Prefixes(10**6)
-        batch = continuous.ContinuousBatch(model, kept, begin, **how)
+        batch = continuous.ContinuousBatch(model, kept, begin, str, **how)
         batch.run(feed)
     return [feed.texts[place] for place in range(len(prompts))]
 
@@ -504,3 +507,79 @@ def test_float32_weights_are_left_as_they_are():
     model = model_of("Llama")
     pack_linears(model)
     assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+def test_penalties_are_taken_off_what_was_written(server):
+    def written(**options):
+        return server.run("writer", "a", options={"max_tokens": 60, **options})[1]["output"]
+
+    plain = written()
+    assert written(frequency_penalty=0) == plain
+    for name in ("frequency_penalty", "presence_penalty"):
+        assert written(**{name: 2}) != plain
+    assert len(set(written(presence_penalty=2).split())) >= len(set(plain.split()))
+
+
+def test_log_probabilities_are_those_of_the_library(server, checkpoint):
+    options = {"max_tokens": 6, "top_logprobs": 3}
+    status, answer = server.run("writer", "a b", options=options)
+    assert status == 200, answer
+    folder = checkpoint("llama_without_end")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    told = answer["metadata"]["logprobs"]
+    assert len(told) == 6
+    ids = tokenizer("a b", return_tensors="pt")["input_ids"]
+    for one in told:
+        with torch.inference_mode():
+            best, places = model(input_ids=ids).logits[0, -1].log_softmax(-1).topk(3)
+        likeliest = [tokenizer.decode(place) for place in places]
+        assert [top["token"] for top in one["top"]] == likeliest
+        assert [top["logprob"] for top in one["top"]] == pytest.approx(best.tolist(), abs=1e-3)
+        assert one["token"] == likeliest[0]  # it writes greedily
+        assert one["logprob"] == one["top"][0]["logprob"]
+        assert one["bytes"] in (None, list(one["token"].encode()))
+        ids = torch.cat([ids, places[None, :1]], dim=1)
+    penalty = server.run("writer", "a b", options={**options, "presence_penalty": 2})[1]
+    first, last = penalty["metadata"]["logprobs"][0], penalty["metadata"]["logprobs"][-1]
+    assert first == told[0]
+    assert last["logprob"] <= last["top"][0]["logprob"]  # of the model, whatever is made of it
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_object_parses_whatever_its_model_would_write(server, seed):
+    options = {"response_format": {"type": "json_object"}, "temperature": 2, "seed": seed}
+    options["max_tokens"] = 8 + 7 * seed
+    status, answer = server.run("chat", CHAT, options=options)
+    assert status == 200, answer
+    assert type(json.loads(answer["output"])) is dict
+    stream = server.stream("chat", CHAT, options=options)
+    assert text_of(stream) == answer["output"]
+
+
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ({"response_format": {"type": "xml"}}, "options.response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "options.response_format.schema"),
+        (
+            {"response_format": {"type": "json_object", "strict": 1}},
+            "options.response_format.strict",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "schema": []}},
+            "options.response_format.schema",
+        ),
+        ({"response_format": "json"}, "options.response_format"),
+        ({"response_format": {"type": "json_object"}, "max_tokens": 1}, "options.max_tokens"),
+        ({"response_format": {"type": "json_object"}, "stop": ["}"]}, "options.stop"),
+        ({"response_format": {"type": "json_object"}, "num_beams": 2}, "options.response_format"),
+        ({"top_logprobs": 2, "num_beams": 2}, "options.top_logprobs"),
+        ({"top_logprobs": 21}, "options.top_logprobs"),
+        ({"presence_penalty": 2.5}, "options.presence_penalty"),
+    ],
+)
+def test_a_wrong_option_is_named(server, options, at):
+    status, answer = server.run("chat", CHAT, options=options)
+    assert status == 400, answer
+    assert list(answer["error"]["details"]) == [at]

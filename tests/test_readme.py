@@ -363,6 +363,7 @@ def test_the_table_of_the_receipt_has_every_key_that_is_answered(shipped):
     assert told - set(answered) == {
         "seed",
         "finish_reason",
+        "logprobs",
         "language",
         "min_depth",
         "max_depth",

@@ -14,6 +14,8 @@ from backend.adapters.prefixes import Prefix, Prefixes
 from backend.adapters.slots import READ_TOKENS, Decoder
 from backend.errors import CraneError
 
+LEAST_LOGPROB = -9999.0  # as OpenAI says it: JSON has no minus infinity
+
 
 @dataclass(slots=True)
 class Text:
@@ -45,14 +47,19 @@ class ContinuousBatch:
         model: Any,
         prefixes: Prefixes,
         begin: Callable[[Entry], Text | CraneError],
+        show: Callable[[int], str],
         *,
         most_texts: int,
         most_tokens: int,
     ) -> None:
-        """``most_tokens`` is how many the texts that are written at once may have together."""
+        """``begin`` makes of an input what is to be written, and ``show`` a text of a token.
+
+        ``most_tokens`` is how many the texts that are written at once may have together.
+        """
         self._decoder = Decoder(model, prefixes)
         self._prefixes = prefixes
         self._begin = begin
+        self._show = show
         self._most_texts = most_texts
         self._most_tokens = most_tokens
         self._waiting: deque[Text] = deque()
@@ -134,17 +141,35 @@ class ContinuousBatch:
             text = self._texts[slot]
             text.next = tokens[slot]
             text.completion.take(tokens[slot])
+            if text.sampling.done:
+                text.completion.finish_reason = "stop"
             if text.completion.ended:
                 self._drop(slot)
                 prediction = text.completion.prediction()
                 if text.cut:
                     prediction.facts["truncated"] = True
+                if text.sampling.top_logprobs is not None:
+                    prediction.facts["logprobs"] = self._shown(text.sampling.logprobs)
                 if text.known is not None:
                     prediction.usage = {**prediction.usage, "cached_tokens": text.known.length}
                 feed.answer(text.entry, prediction)
         if self._pace.due(len(self._texts)):
             for text in self._texts:
                 text.completion.speak()
+
+    def _shown(self, logprobs: list[list[tuple[int, float]]]) -> list[dict[str, Any]]:
+        """Log probabilities as callers see them, each token with its text."""
+        shown = []
+        for own, *likeliest in logprobs:
+            told = [self._token(*one) for one in (own, *likeliest)]
+            shown.append({**told[0], "top": told[1:]})
+        return shown
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._show(token)
+        # Part of a character has no text of its own.
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
 
     def _drop(self, slot: int) -> Text:
         """Take a text out; the last one has its slot now."""

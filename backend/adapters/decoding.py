@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch
 from backend.adapters.completion import Completion, Pace
+from backend.adapters.grammar import Constraint
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +79,20 @@ class Sampling:
         prompt: list[int],
         ends: Collection[int],
         device: str,
+        constraint: Constraint | None = None,
     ) -> None:
         from transformers import RepetitionPenaltyLogitsProcessor
 
         penalty = options["repetition_penalty"]
         self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
         self._ids = list(prompt)
+        self._constraint = constraint
         self._min_tokens = options["min_tokens"]
+        self._presence, self._frequency = options["presence_penalty"], options["frequency_penalty"]
+        self._written: Counter[int] = Counter()
+        self.top_logprobs: int | None = options["top_logprobs"]
+        # Of each token that was written: it and its log probability, and the likeliest ones'.
+        self.logprobs: list[list[tuple[int, float]]] = []
         self._ends = list(ends)
         self.warmth: tuple[float, ...] = ()  # rows with the same are drawn together
         if options["temperature"] > 0:
@@ -93,7 +102,9 @@ class Sampling:
 
     def is_plain(self, written: int) -> bool:
         """Whether the highest score is the next token."""
-        return not (self.warmth or self._penalty or written < self._min_tokens)
+        beyond = self.warmth or self._penalty or self._constraint
+        counted = self._presence or self._frequency or self.top_logprobs is not None
+        return not (beyond or counted or written < self._min_tokens)
 
     def weigh(self, scores: torch.Tensor, written: int) -> None:
         """Change a row's scores, [vocabulary], as the options want it before anything is drawn."""
@@ -102,12 +113,33 @@ class Sampling:
         if self._penalty is not None:
             ids = torch.tensor([self._ids], device=scores.device)
             scores.copy_(self._penalty(ids, scores[None])[0])
+        if self._written and (self._presence or self._frequency):
+            counts = torch.tensor(list(self._written.values()), device=scores.device)
+            scores[list(self._written)] -= self._presence + self._frequency * counts
         if written < self._min_tokens:
             scores[self._ends] = -torch.inf
+        if self._constraint is not None:
+            self._constraint.mask(scores)
 
-    def take(self, token: int) -> None:
+    def take(self, token: int) -> int:
+        """The token that is written where this one was chosen: nearly always the same."""
+        if self._constraint is not None:
+            token = self._constraint.take(token)
         if self._penalty is not None:
             self._ids.append(token)
+        self._written[token] += 1
+        return token
+
+    def tell(self, token: int, logs: torch.Tensor) -> None:
+        """Note what a token's log probability was, and the likeliest ones'; ``logs`` has all."""
+        best, places = logs.topk(self.top_logprobs or 0)
+        likeliest = list(zip(places.tolist(), best.tolist(), strict=True))
+        self.logprobs.append([(token, float(logs[token])), *likeliest])
+
+    @property
+    def done(self) -> bool:
+        """Whether what it is kept to is whole."""
+        return self._constraint is not None and self._constraint.done
 
 
 def _highest(scores: torch.Tensor) -> list[int]:
@@ -124,6 +156,9 @@ def choose(scores: torch.Tensor, rows: list[Sampling], written: list[int]) -> li
     if all(row.is_plain(count) for row, count in zip(rows, written, strict=True)):
         return _highest(scores)
     scores = scores.float()
+    telling = [place for place, row in enumerate(rows) if row.top_logprobs is not None]
+    # As the model has them, whatever is to come of them.
+    logs = scores[telling].log_softmax(-1)
     for place, (row, count) in enumerate(zip(rows, written, strict=True)):
         row.weigh(scores[place], count)
     warm: dict[tuple[float, ...], list[int]] = {}
@@ -135,9 +170,9 @@ def choose(scores: torch.Tensor, rows: list[Sampling], written: list[int]) -> li
         for step in rows[places[0]].warpers:
             warped = step(None, warped)
         scores[places] = drawn(warped, [rows[place].generator for place in places])
-    tokens = _highest(scores)
-    for row, token in zip(rows, tokens, strict=True):
-        row.take(token)
+    tokens = [row.take(token) for row, token in zip(rows, _highest(scores), strict=True)]
+    for place, own in zip(telling, logs, strict=True):
+        rows[place].tell(tokens[place], own)
     return tokens
 
 

@@ -12,11 +12,13 @@ from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
+from backend.adapters.grammar import Grammars
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slots import writes_like_alone
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+from backend.tasks.text import OF_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,9 @@ class Generator(TransformersAdapter):
         raise NotImplementedError
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
+        if beyond := [n for n, idle in OF_TOKENS.items() if batch.options.get(n, idle) != idle]:
+            fault = "cannot be set for this model, whose texts are written in one go"
+            return [InvalidRequest.of({f"options.{beyond[0]}": fault})] * len(batch)
         results: dict[int, Prediction | CraneError] = {}
         prompts: dict[int, list[int]] = {}
         cut: set[int] = set()
@@ -216,6 +221,7 @@ class CausalGenerator(Generator):
         pack_linears(self.model)
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
         self._goes_on = writes_like_alone(self.model)
+        self._grammars = Grammars(self.tokenizer, self.ends)
         self._prefixes = Prefixes(int(footprint.free(self.device) * PREFIXES_OF_FREE))
         if self.window is not None:
             self.model.register_forward_pre_hook(_keep_within(self.window), with_kwargs=True)
@@ -239,6 +245,7 @@ class CausalGenerator(Generator):
                 self.model,
                 self._prefixes,
                 self._begin,
+                self.tokenizer.decode,
                 most_texts=most,
                 most_tokens=self._most_tokens(),
             ).run(feed)
@@ -250,7 +257,11 @@ class CausalGenerator(Generator):
         if isinstance(read, CraneError):
             return read
         prompt, cut = read
-        room = self.room(prompt, options)
+        room, wanted = self.room(prompt, options), options["response_format"]
+        try:
+            constraint = self._grammars.start(wanted, room) if wanted else None
+        except InvalidRequest as error:
+            return error
         return Text(
             entry=entry,
             prompt=prompt,
@@ -265,7 +276,12 @@ class CausalGenerator(Generator):
                 tell=entry.tell if entry.listens else None,
             ),
             sampling=Sampling(
-                options, entry.seed, prompt=prompt, ends=self.ends, device=self.device
+                options,
+                entry.seed,
+                prompt=prompt,
+                ends=self.ends,
+                device=self.device,
+                constraint=constraint,
             ),
         )
 

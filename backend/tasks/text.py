@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 from marshmallow import ValidationError, pre_load, validates_schema
 
-from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
+from backend.errors import InvalidRequest
+from backend.schemas import (
+    Boolean,
+    Choice,
+    Integer,
+    ListOf,
+    Number,
+    ObjectOf,
+    StrictField,
+    StrictSchema,
+    Text,
+    check_depth,
+)
 from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
 
 
@@ -71,6 +84,88 @@ class GenerationOptions(Options):
             raise ValidationError("must not hold an empty string", "stop")
 
 
+class FormatField(StrictField):
+    """What the text is to be: ``{"type": "json_object"}``, or ``json_schema`` with a ``schema``."""
+
+    type_name = "object"
+    expected = "an object, or null"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        wanted = FORMATS.get(str(value.get("type")))
+        if wanted is None:
+            raise ValidationError({"type": [f"must be one of {', '.join(FORMATS)}"]})
+        if beyond := set(value) - wanted:
+            raise ValidationError({str(min(beyond))[:80]: ["is not known here"]})
+        if missing := wanted - set(value):
+            raise ValidationError({missing.pop(): ["is missing"]})
+        if "schema" in value:
+            if type(value["schema"]) is not dict:
+                raise ValidationError({"schema": ["must be an object"]})
+            try:
+                check_depth(value["schema"], at="schema")
+            except InvalidRequest as error:
+                raise ValidationError({at: [why] for at, why in error.details.items()}) from None
+            if len(orjson.dumps(value["schema"])) > MOST_SCHEMA:
+                raise ValidationError({"schema": [f"is larger than {MOST_SCHEMA} bytes"]})
+        return None if value["type"] == "text" else value
+
+
+FORMATS = {"text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "schema"}}
+MOST_SCHEMA = 65_536
+
+
+class TokenOptions(GenerationOptions):
+    """Options that look at each token of each text, as it is written; with beams there are many."""
+
+    response_format = FormatField(
+        load_default=None,
+        allow_none=True,
+        metadata=about('{"type": "json_object"}, or json_schema and its schema: it always parses'),
+    )
+    frequency_penalty = Number(
+        low=-2.0,
+        high=2.0,
+        load_default=0.0,
+        metadata=about("taken off a token's score for each time that it was written"),
+    )
+    presence_penalty = Number(
+        low=-2.0,
+        high=2.0,
+        load_default=0.0,
+        metadata=about("taken off the score of each token that was written"),
+    )
+    top_logprobs = Integer(
+        low=0,
+        high=20,
+        load_default=None,
+        allow_none=True,
+        metadata=about("tell each token's log probability, and of so many likeliest others"),
+    )
+
+    @validates_schema
+    def _go_together(self, data: dict[str, Any], **kwargs: Any) -> None:
+        if data["response_format"] is not None:
+            for name, idle in (("stop", []), ("min_tokens", 0)):
+                if data[name] != idle:
+                    raise ValidationError("cannot be set with response_format", name)
+        for name, idle in OF_TOKENS.items():
+            if data["num_beams"] > 1 and data[name] != idle:
+                raise ValidationError("cannot be set with num_beams above 1", name)
+
+
+# With these values such an option does nothing.
+OF_TOKENS: dict[str, Any] = {
+    "response_format": None,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "top_logprobs": None,
+}
+
+
 class Text2TextOptions(GenerationOptions):
     prefix = Text(
         blank=True, load_default="", metadata=about("put before the input, as T5's tasks want it")
@@ -125,14 +220,14 @@ TEXT2TEXT_GENERATION = Task(
 TEXT_GENERATION = Task(
     name="text-generation",
     input=Text(),
-    options=GenerationOptions,
+    options=TokenOptions,
     output="the continuation without the prompt, a string",
     example=("Once upon a time", {"max_tokens": 40, "temperature": 0.8, "seed": 7}),
 )
 CHAT = Task(
     name="chat",
     input=ObjectOf(ChatInput),
-    options=GenerationOptions,
+    options=TokenOptions,
     output="the reply, a string",
     example=(
         {"messages": [{"role": "user", "content": "Name three rivers."}]},
