@@ -207,35 +207,33 @@ def test_the_beginning_that_prompts_have_in_common_is_read_once(monkeypatch):
 
 
 def layers_of(ids):
-    class Layer:
-        keys = values = torch.tensor(ids, dtype=torch.float32)[None, None, :, None]
-
-    return [Layer()]
+    part = torch.tensor(ids, dtype=torch.float32)[None, None, :, None]
+    return [(part, part)]
 
 
 def test_beginnings_are_kept_while_there_is_room_the_last_used_longest():
     one, two, three = ([place, *range(LEAST)] for place in (1, 2, 3))
     size = 2 * 4 * len(one)
     kept = Prefixes(2 * size)
-    kept.keep(one, layers_of(one), 0)
-    kept.keep(two, layers_of(two), 0)
+    kept.keep(one, layers_of(one))
+    kept.keep(two, layers_of(two))
     assert kept.find([*one, 7]).length == len(one)
-    kept.keep(three, layers_of(three), 0)
+    kept.keep(three, layers_of(three))
     assert kept.find(two) is None
     found = kept.find([*one[:-1], 99])
     assert found.length == len(one) - 1
     assert found.layers[0][0].flatten().tolist() == one[:-1]
     longer = [*three, 5]
-    kept.keep(longer, layers_of(longer), 0)  # too much beside `one`; it has all of `three`
+    kept.keep(longer, layers_of(longer))  # too much beside `one`; it has all of `three`
     assert kept.find(one) is None
     assert kept.find([*longer, 1]).length == len(longer)
-    kept.keep(three, layers_of(three), 0)
+    kept.keep(three, layers_of(three))
     assert len(kept._kept) == 1
     much = list(range(1000))
-    kept.keep(much, layers_of(much), 0)
+    kept.keep(much, layers_of(much))
     assert kept.find(much).length == LEAST - 1 if LEAST < 32 else kept.find(much) is None
     short = one[: LEAST - 1]
-    kept.keep(short, layers_of(short), 0)
+    kept.keep(short, layers_of(short))
     assert prefixes._common(kept._kept[0][0], kept._kept[0][0]) == len(longer)
 
 

@@ -38,8 +38,8 @@ class Text:
 class ContinuousBatch:
     """Writes texts with one model, all of them one token further at a time.
 
-    A prompt is read, all but its last token, between two of those steps; with the next step its
-    text is one of them. What differs between texts (their options, seeds, lengths) is a row's own.
+    A prompt is read between two of those steps, and its text is one of them from the next on. What
+    differs between texts (their options, seeds, lengths) is a row's own.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ContinuousBatch:
         self._most_texts = most_texts
         self._most_tokens = most_tokens
         self._waiting: deque[Text] = deque()
-        self._reading: tuple[list[Text], Iterator[None]] | None = None
+        self._reading: tuple[list[Text], Iterator[Any]] | None = None
         self._texts: list[Text] = []  # in the order of their slots
         self._pace = Pace()
 
@@ -72,7 +72,7 @@ class ContinuousBatch:
         while True:
             self._let_go(feed)
             self._take(feed)
-            self._read()
+            self._read(feed)
             if self._texts:
                 self._write(feed)
             elif not self._waiting and self._reading is None:
@@ -98,25 +98,25 @@ class ContinuousBatch:
             if self._texts[slot].entry.cancelled():
                 feed.answer(self._drop(slot).entry, too_late())
 
-    def _read(self) -> None:
+    def _read(self, feed: Feed) -> None:
         """Read on, or begin with those that have waited longest and go together."""
         if self._reading is None:
             group = self._next_to_read()
             if not group:
                 return
-            prompts = [text.prompt[:-1] for text in group]
+            prompts = [text.prompt for text in group]
             self._reading = group, self._decoder.read(prompts, group[0].known)
         group, reading = self._reading
-        for _ in reading:
+        scores = next(reading)
+        if scores is None:
             return
         self._reading = None
-        for text in group:
-            text.next = text.prompt[-1]
-            self._texts.append(text)
+        self._texts += group
+        self._put(feed, scores, len(self._texts) - len(group))
 
     def _next_to_read(self) -> list[Text]:
         group: list[Text] = []
-        width = 0
+        tokens = 0
         longest = max((text.most_tokens for text in self._texts), default=0)
         while self._waiting:
             text = self._waiting[0]
@@ -124,23 +124,29 @@ class ContinuousBatch:
             if count > 1 and count * max(longest, text.most_tokens) > self._most_tokens:
                 break
             text.known = self._prefixes.find(text.prompt[:-1])
-            wider = max(width, len(text.prompt))
-            too_much = (len(group) + 1) * wider > READ_TOKENS
-            if group and (too_much or not _same(text.known, group[0].known)):
+            tokens += len(text.prompt) - (text.known.length if text.known else 0)
+            if group and (tokens > READ_TOKENS or not _same(text.known, group[0].known)):
                 break
             group.append(self._waiting.popleft())
-            width, longest = wider, max(longest, text.most_tokens)
+            longest = max(longest, text.most_tokens)
         return group
 
     def _write(self, feed: Feed) -> None:
         """Write each text's next token."""
-        scores = self._decoder.step([text.next for text in self._texts])
-        written = [len(text.completion.ids) for text in self._texts]
-        tokens = choose(scores, [text.sampling for text in self._texts], written)
-        for slot in reversed(range(len(tokens))):
+        self._put(feed, self._decoder.step([text.next for text in self._texts]), 0)
+        if self._pace.due(len(self._texts)):
+            for text in self._texts:
+                text.completion.speak()
+
+    def _put(self, feed: Feed, scores: Any, first: int) -> None:
+        """Choose the next token of each text from slot ``first`` on."""
+        texts = self._texts[first:]
+        written = [len(text.completion.ids) for text in texts]
+        tokens = choose(scores, [text.sampling for text in texts], written)
+        for slot in reversed(range(first, len(self._texts))):
             text = self._texts[slot]
-            text.next = tokens[slot]
-            text.completion.take(tokens[slot])
+            text.next = tokens[slot - first]
+            text.completion.take(text.next)
             if text.sampling.done:
                 text.completion.finish_reason = "stop"
             if text.completion.ended:
@@ -153,9 +159,6 @@ class ContinuousBatch:
                 if text.known is not None:
                     prediction.usage = {**prediction.usage, "cached_tokens": text.known.length}
                 feed.answer(text.entry, prediction)
-        if self._pace.due(len(self._texts)):
-            for text in self._texts:
-                text.completion.speak()
 
     def _shown(self, logprobs: list[list[tuple[int, float]]]) -> list[dict[str, Any]]:
         """Log probabilities as callers see them, each token with its text."""

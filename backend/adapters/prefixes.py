@@ -45,8 +45,8 @@ class Prefixes:
         layers = [(keys[:, :, :longest], values[:, :, :longest]) for keys, values in whole.layers]
         return Prefix(longest, layers, whole)
 
-    def keep(self, prompt: list[int], layers: list[Any], row: int) -> None:
-        """Keep a row of what a cache has of a prompt."""
+    def keep(self, prompt: list[int], layers: list[tuple[torch.Tensor, ...]]) -> None:
+        """Keep a copy of a prompt's keys and values in each layer."""
         length = len(prompt)
         if length < LEAST:
             return
@@ -55,17 +55,13 @@ class Prefixes:
         kept = [one for one in self._kept if _common(ids, one[0]) < len(one[0])]
         if any(_common(ids, one[0]) == length for one in kept):
             return
-        views = [
-            (layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
-            for layer in layers
-        ]
-        size = sum(part.nbytes for pair in views for part in pair)
+        size = sum(part.nbytes for pair in layers for part in pair)
         if size > self._most_bytes:
             return
         used = size + sum(one[2] for one in kept)
         while used > self._most_bytes:
             used -= kept.pop(0)[2]
-        copies = [(keys.clone(), values.clone()) for keys, values in views]
+        copies = [(keys.clone(), values.clone()) for keys, values in layers]
         self._kept = [*kept, (ids, Prefix(length, copies), size)]
 
 

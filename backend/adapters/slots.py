@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.prefixes import Prefix, Prefixes
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("crane.adapters")
 
 STEP = 64  # columns by which the cache grows at least
-# Of prompts, padded, that are run before those who are written get their next token: a fifth of a
+# Of prompts that are run before those who are written get their next token: a fifth of a
 # second for a model of 1 billion weights on a CPU, nothing on a GPU.
 READ_TOKENS = 512
 
@@ -33,41 +34,71 @@ class Decoder:
         self._prefixes = prefixes
         self._slots = _make_slots()
         self.lengths: list[int] = []  # tokens of each text that were run
-        # All that a run over a prompt is for is its keys and values.
         known = inspect.signature(model.forward).parameters
-        self._no_logits = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._chooses_logits = "logits_to_keep" in known
 
-    def read(self, prompts: list[list[int]], known: Prefix | None = None) -> Iterator[None]:
-        """Run over prompts at once, and then give each the next slot; an empty one has no run.
+    def read(
+        self, prompts: list[list[int]], known: Prefix | None = None
+    ) -> Iterator[torch.Tensor | None]:
+        """Run over prompts at once, one after another in a row, and then give each the next slot.
 
-        It is done when the iterator ends; whenever that gives way, ``step`` may be called between.
-        All prompts begin with ``known``, whose keys and values are taken as they are. Raises
-        ``TypeError`` for a model that keeps anything but each token's keys and values.
+        Last comes what may follow each of them, [prompts, vocabulary]. Before that it gives way,
+        with None, and ``step`` may be called. All prompts begin with ``known``, whose keys and
+        values are taken as they are, and go on after it. Raises ``TypeError`` for a model that
+        keeps anything but each token's keys and values.
         """
         import torch
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
-        start, width = 0, max(map(len, prompts))
-        if known is not None:
-            start = known.length
-            for index, (keys, values) in enumerate(known.layers):
-                shape = (len(prompts), -1, -1, -1)
-                cache.update(keys.expand(shape), values.expand(shape), index)
-        # What follows a prompt, it does not see: nothing has to be masked.
-        ids = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
-        tokens = torch.tensor(ids, dtype=torch.long, device=self._model.device)
-        most = max(1, READ_TOKENS // len(prompts))
-        for at in range(start, width, most):
-            part = tokens[:, at : at + most]
-            self._model(input_ids=part, past_key_values=cache, use_cache=True, **self._no_logits)
-            yield
-        lengths = [len(prompt) for prompt in prompts]
-        if width:
-            self._slots.fill(len(self.lengths), cache.layers, lengths)
-            for row, prompt in enumerate(prompts):
-                self._prefixes.keep(prompt, cache.layers, row)
-        self.lengths += lengths
+        first = known.length if known is not None else 0
+        for index, (keys, values) in enumerate(known.layers if known is not None else ()):
+            cache.update(keys, values, index)
+        device = self._model.device
+        rests = [prompt[first:] for prompt in prompts]
+        tokens = torch.tensor([token for rest in rests for token in rest], device=device)
+        owners = torch.repeat_interleave(
+            torch.arange(len(rests), device=device),
+            torch.tensor([len(rest) for rest in rests], device=device),
+        )
+        places = torch.cat([torch.arange(first, len(prompt), device=device) for prompt in prompts])
+        ends = list(accumulate(len(rest) for rest in rests))
+        scores = []
+        for at in range(0, len(tokens), READ_TOKENS):
+            part = slice(at, at + READ_TOKENS)
+            inputs = {"input_ids": tokens[None, part]}
+            if len(prompts) > 1:  # else it is a prompt like any other
+                inputs["position_ids"] = places[None, part]
+                inputs["attention_mask"] = self._only_own(owners, part, first)
+            last = [end - 1 - at for end in ends if part.start < end <= part.stop]
+            if self._chooses_logits:
+                inputs["logits_to_keep"] = torch.tensor(last or [0], device=device)
+            output = self._model(**inputs, past_key_values=cache, use_cache=True).logits[0]
+            scores.append(output[: len(last)] if self._chooses_logits else output[last])
+            yield None
+        slot = len(self.lengths)
+        self._slots.fill(slot, cache.layers, first, [len(rest) for rest in rests])
+        for place, prompt in enumerate(prompts):
+            self._prefixes.keep(prompt, self._slots.of(slot + place, len(prompt)))
+        self.lengths += [len(prompt) for prompt in prompts]
+        yield torch.cat(scores)
+
+    def _only_own(self, owners: torch.Tensor, part: slice, first: int) -> torch.Tensor:
+        """The mask with which each prompt in a row sees itself, and the ``first`` that all have."""
+        import torch
+
+        seen = torch.arange(-first, min(part.stop, len(owners)), device=owners.device)
+        rows = seen[first:][part]
+        own = owners[seen.clamp(min=0)] == owners[rows][:, None]
+        unseen = (seen >= 0) & ~(own & (seen <= rows[:, None]))
+        return self._masked(unseen)[None, None]
+
+    def _masked(self, unseen: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of attention."""
+        import torch
+
+        mask = torch.zeros(unseen.shape, dtype=self._model.dtype, device=unseen.device)
+        return mask.masked_fill_(unseen, torch.finfo(mask.dtype).min)
 
     def step(self, tokens: list[int]) -> torch.Tensor:
         """Run the next token of each text; the scores of what may follow, [texts, vocabulary]."""
@@ -77,13 +108,11 @@ class Decoder:
         columns = torch.tensor(self.lengths, device=device)
         width = max(self.lengths) + 1
         unseen = torch.arange(width, device=device) > columns[:, None]
-        mask = torch.zeros(unseen.shape, dtype=self._model.dtype, device=device)
-        mask.masked_fill_(unseen, torch.finfo(mask.dtype).min)
         self._slots.at(columns, width)
         output = self._model(
             input_ids=torch.tensor(tokens, device=device)[:, None],
             position_ids=columns[:, None],
-            attention_mask=mask[:, None, None],
+            attention_mask=self._masked(unseen)[:, None, None],
             past_key_values=self._slots,
             use_cache=True,
         )
@@ -113,16 +142,30 @@ def _make_slots() -> Any:
             self._rows = self._columns = torch.empty(0, dtype=torch.long)
             self._width = 0
 
-        def fill(self, slot: int, layers: list[Any], lengths: list[int]) -> None:
-            """Copy rows of another cache into the slots from ``slot`` on."""
+        def fill(self, slot: int, layers: list[Any], first: int, lengths: list[int]) -> None:
+            """Copy what another cache has in a row into the slots from ``slot`` on.
+
+            The ``first`` columns are for all of them, then each has its own.
+            """
             for index, layer in enumerate(layers):
                 if type(layer) is not DynamicLayer:
                     raise TypeError(f"a {type(layer).__name__} is no list of keys and values")
                 read = (layer.keys, layer.values)
-                parts = self._room(index, read, slot + len(lengths), max(lengths) + 1)
+                most = first + max(lengths) + 1
+                parts = self._room(index, read, slot + len(lengths), most)
                 for part, new in zip(parts, read, strict=True):
-                    for row, length in enumerate(lengths):
-                        part[slot + row, :, :length] = new[row, :, :length]
+                    at = first
+                    for place, length in enumerate(lengths, slot):
+                        part[place, :, :first] = new[0, :, :first]
+                        part[place, :, first : first + length] = new[0, :, at : at + length]
+                        at += length
+
+        def of(self, slot: int, length: int) -> list[tuple[torch.Tensor, ...]]:
+            """Each layer's keys and values of a slot, [1, heads, length, features]."""
+            return [
+                tuple(part[slot : slot + 1, :, :length] for part in parts)
+                for parts in self._parts.values()
+            ]
 
         def move(self, slot: int, to: int, length: int) -> None:
             for parts in self._parts.values():
@@ -209,18 +252,24 @@ def writes_like_alone(model: Any) -> bool:
     decoder = Decoder(model, Prefixes(0))
     try:
         with torch.inference_mode():
-            for _ in decoder.read([text[:-2] for text in texts]):
-                pass
+            *_, scores = decoder.read([text[:-2] for text in texts])
+            _compare(scores, model, [text[:-2] for text in texts])
             for last in (-2, -1):
-                together = decoder.step([text[last] for text in texts]).float()
-            for text, scores in zip(texts, together, strict=True):
-                ids = torch.tensor([text], device=model.device)
-                alone = model(input_ids=ids).logits[0, -1].float()
-                # bfloat16 has 8 bits, and kernels add up in orders of their own.
-                most = alone.abs().max() * (1e-3 if model.dtype == torch.float32 else 0.1)
-                if not (scores - alone).abs().max() <= most:
-                    raise ValueError("scores differ")
+                scores = decoder.step([text[last] for text in texts])
+            _compare(scores, model, texts)
     except Exception as error:
         logger.info("%s does not write in slots: %s", type(model).__name__, error)
         return False
     return True
+
+
+def _compare(scores: Any, model: Any, texts: list[list[int]]) -> None:
+    """Raise ``ValueError`` where scores are not those of the texts alone."""
+    import torch
+
+    for text, own in zip(texts, scores.float(), strict=True):
+        alone = model(input_ids=torch.tensor([text], device=model.device)).logits[0, -1].float()
+        # bfloat16 has 8 bits, and kernels add up in orders of their own.
+        most = alone.abs().max() * (1e-3 if model.dtype == torch.float32 else 0.1)
+        if not (own - alone).abs().max() <= most:
+            raise ValueError("scores differ")
