@@ -26,6 +26,7 @@ fix: $(VENV)/dev.done
 bench: $(VENV)/bench.done
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.quota
+	$(BIN)/python -m bench.generation
 	$(BIN)/python -m bench.embeddings
 	$(BIN)/python -m bench.images
 	$(BIN)/python -m bench.speech
