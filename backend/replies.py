@@ -55,6 +55,7 @@ class Reply:
         self, marks: Marks, *, thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         self.reasoning = ""
+        self.reasoning_tokens = 0  # counted by who knows the tokens
         self.calls: list[Call] = []
         self._kind: Kind = "reasoning" if thinking else "content"
         self._turns = _turns(marks if tools else marks.without_calls())

@@ -11,19 +11,11 @@ from marshmallow import ValidationError, validates_schema
 from backend.errors import InvalidRequest, did_you_mean
 from backend.openai.base import CANNOT, Nullable, Only
 from backend.registry import ModelSpec
-from backend.schemas import Choice, ListOf, ObjectOf, StrictField, Text
+from backend.schemas import AnyObject, Choice, ListOf, ObjectOf, StrictField, Text
 from backend.tasks import TASKS
 
 # Roles in OpenAI's words that are others in ours.
 _ROLES = {"developer": "system"}
-
-
-class AnyObject(StrictField):
-    type_name = "object"
-    expected = "an object"
-
-    def accepts(self, value: Any) -> bool:
-        return type(value) is dict
 
 
 class Arguments(Text):
