@@ -364,6 +364,14 @@ def test_openais_callers_get_thinking_and_calls(post):
     assert choice.message.tool_calls is None
 
 
+def test_what_openais_clients_say_of_tools_and_mean_nothing_by_is_taken(post):
+    tools = [{"type": "function", "function": {**one["function"], "strict": False,
+              "description": None}} for one in TOOLS]  # fmt: skip
+    assert read(post(tools=tools)).choices[0].finish_reason == "tool_calls"
+    off = read(post(tools=tools, tool_choice="none")).choices[0]
+    assert (off.finish_reason, off.message.content) == ("stop", YES)
+
+
 def test_openais_callers_can_answer_a_call(post):
     called = read(post(tools=TOOLS)).choices[0].message
     messages = [*ASKED, called.model_dump(exclude_none=True)]

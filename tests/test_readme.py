@@ -346,7 +346,17 @@ def test_the_table_of_openais_routes_knows_what_they_take():
     for route, _, takes, *_ in rows("route", "for models of type"):
         known = ROUTES[route.strip("`").removeprefix("POST ")].body().fields
         shown = re.findall(r"`(\w+)(?:\[\])?`", takes)
-        values = {"image_url", "enable_thinking", "float", "base64", "png", "jpeg", "webp", "inpainting", "flagged"}
+        values = {
+            "image_url",
+            "enable_thinking",
+            "float",
+            "base64",
+            "png",
+            "jpeg",
+            "webp",
+            "inpainting",
+            "flagged",
+        }
         values |= {"mp3", "opus", "flac", "wav", "json", "text", "verbose_json", "srt", "vtt"}
         assert set(shown) - values <= set(known), route
 

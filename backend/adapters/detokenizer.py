@@ -95,11 +95,14 @@ def _decoder(tokenizer: Any, kept: Collection[int] = ()) -> Decode:
     """A function from the next token to the text that is sure by then; None asks for the rest."""
     if not kept:
         return _decoder_of(tokenizer, True)
-    decode, left_out = _decoder_of(tokenizer, False), special_tokens(tokenizer).keys() - set(kept)
+    decode, left_out = (
+        _decoder_of(tokenizer, False),
+        special_tokens_of(tokenizer).keys() - set(kept),
+    )
     return lambda token: "" if token in left_out else decode(token)
 
 
-def special_tokens(tokenizer: Any) -> dict[int, str]:
+def special_tokens_of(tokenizer: Any) -> dict[int, str]:
     """The tokens that no text has, and how they are written."""
     added = tokenizer.added_tokens_decoder
     return {token: str(one.content) for token, one in added.items() if one.special}

@@ -13,7 +13,7 @@ from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
-from backend.adapters.detokenizer import special_tokens
+from backend.adapters.detokenizer import special_tokens_of
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slots import writes_like_alone
@@ -324,7 +324,7 @@ class Chat(CausalGenerator):
         self._marks = marks_of(self._template, getattr(self.tokenizer, "response_template", None))
         self.kept_tokens = [
             token
-            for token, written in special_tokens(self.tokenizer).items()
+            for token, written in special_tokens_of(self.tokenizer).items()
             if any(written in mark for mark in self._marks.all)
         ]
 

@@ -127,7 +127,13 @@ def input_of(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
         return {"messages": messages}
     if "tools" not in _fields(spec):
         raise InvalidRequest.of({"tools": CANNOT})
-    return {"messages": messages, "tools": body["tools"]}
+    return {"messages": messages, "tools": [_tool(one) for one in body["tools"]]}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool in Crane's words, which have none for ``strict``: false is how it is anyway."""
+    function = {name: value for name, value in tool["function"].items() if name != "strict"}
+    return {**tool, "function": function}
 
 
 def _fields(spec: ModelSpec) -> Mapping[str, Any]:
