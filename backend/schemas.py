@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import orjson
 from marshmallow import Schema, ValidationError, fields, validate
 
 from backend.config import seconds_of
@@ -158,6 +159,26 @@ class Choice(Text):
         value = super()._deserialize(value, attr, data, **kwargs)
         if value not in self.choices:
             raise ValidationError(f"is {value!r}: {did_you_mean(value, self.choices)}")
+        return value
+
+
+class AnyObject(StrictField):
+    """An object with whatever in it, of at most ``high`` bytes as JSON."""
+
+    type_name = "object"
+    expected = "an object"
+
+    def __init__(self, *, high: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.high = high
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if self.high is not None and (size := len(orjson.dumps(value))) > self.high:
+            raise ValidationError(f"has {size} bytes as JSON; at most {self.high} are allowed")
         return value
 
 

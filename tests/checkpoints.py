@@ -34,6 +34,45 @@ CHAT_TEMPLATE = (
 )
 
 
+# Shows, in its refusal, all that it was told, where the last message is "show".
+_SHOW = (
+    "{% if messages[-1].content == 'show' %}"
+    "{{ raise_exception(dict(messages=messages, tools=tools, thinking=enable_thinking"
+    " is undefined and 'unset' or enable_thinking) | tojson) }}"
+    "{% endif %}"
+)
+_TALK = (
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}<s>assistant\n"
+)
+THINKER_TEMPLATE = (
+    _SHOW + _TALK + "{% if enable_thinking is false %}<think>\n\n</think>\n\n|no thoughts|"
+    "{% elif messages[-1].content == 'go on' %}<think>"
+    "{% elif messages[-1].role == 'tool' %}|told|"
+    "{% elif tools %}|tools|"
+    "{% else %}|plain|{% endif %}"
+    "{# <tool_call> #}"
+)
+# What each prompt's end is followed by. As a token is followed by one other alone, none is twice.
+THINKER_SAYS = [
+    ["|plain|", "<think>", "\nhm", " so", " STOP", "\n</think>", "\n\nYes", ", it", " is",
+     " é STOP", " it is.\n"],
+    ["|tools|", "<thi", "nk>I", " ask", "</thi", "nk>\nLet", " me", " look.", "\n<tool_call>\n",
+     '{"name": "weather",', ' "arguments": {"city": ', ' "Köln"} }', "\n</tool", "_call>",
+     "\n<tool", "_call>{", '"name": "clock", "arguments": {}}', "</tool_call>", "\n\n"],
+    ["|told|", "Rain", ", then", " sun.", " <tool_call> ", "{}", " </tool_call>"],
+    ["|no thoughts|", "Sure", "."],
+]  # fmt: skip
+SPECIAL_TEMPLATE = (
+    _TALK + "{% if tools %}|tools|{% else %}|plain|{% endif %}{# [THINK][TOOL_CALLS] #}"
+)
+SPECIAL_SAYS = [
+    ["|plain|", "[THINK]", "hm ", "so", "[/THINK]", "Yes ", "<pad>", "it is."],
+    ["|tools|", "[TOOL_CALLS]", "weather", "[ARGS]", '{"city": "Paris"}'],
+]
+SPECIAL = ["[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"]
+
+
 def sentence(words: int, seed: int = 0) -> str:
     """So many words of the tokenizers' own corpus, the same for the same seed."""
     return " ".join(random.Random(seed).choices(WORDS, k=words))
@@ -41,6 +80,16 @@ def sentence(words: int, seed: int = 0) -> str:
 
 def llama(folder: Path) -> None:
     _causal(folder, _llama_config(), chat_template=CHAT_TEMPLATE)
+
+
+def thinker(folder: Path) -> None:
+    """Says what it says with marks that are text, as Qwen's models do."""
+    _speaker(folder, THINKER_TEMPLATE, THINKER_SAYS)
+
+
+def special_thinker(folder: Path) -> None:
+    """With marks that are special tokens, as Mistral's models do."""
+    _speaker(folder, SPECIAL_TEMPLATE, SPECIAL_SAYS, special=SPECIAL)
 
 
 def large_llama(folder: Path, layers: int) -> None:
@@ -209,6 +258,8 @@ BUILDERS = {
         llama,
         llama_without_end,
         llama_without_template,
+        thinker,
+        special_thinker,
         gpt2,
         bart,
         t5,
@@ -287,6 +338,36 @@ def _causal(folder: Path, config, chat_template=None, **special) -> None:
     tokenizer = _byte_tokenizer(template="<s> $A", **{"pad_token": None} | special)
     tokenizer.chat_template = chat_template
     _save(folder, "AutoModelForCausalLM", config, tokenizer)
+
+
+def _speaker(folder: Path, chat_template: str, says: list[list[str]], special=()) -> None:
+    """A Llama that knows of each token which one is next, and nothing else."""
+    import torch
+    from tokenizers import AddedToken
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _byte_tokenizer(template="<s> $A")
+    tokenizer.chat_template = chat_template
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    pieces = [piece for said in says for piece in said]
+    assert len({*pieces}) == len(pieces)
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens(
+        [AddedToken(piece, normalized=False) for piece in pieces if piece not in known]
+    )
+    config = _llama_config()
+    config.vocab_size, config.hidden_size, config.num_hidden_layers = len(tokenizer), 512, 1
+    config.max_position_embeddings, config.head_dim = 2048, 128
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.constant_(parameter, float("norm" in name))
+    torch.nn.init.eye_(model.get_input_embeddings().weight)
+    head = model.get_output_embeddings().weight.data
+    for said in says:
+        ids = [*tokenizer.convert_tokens_to_ids(said), tokenizer.eos_token_id]
+        head[ids[1:], ids[:-1]] = 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _byte_tokenizer(template="$A", special=("<s>", "</s>", "<pad>", "<unk>", "<mask>"), **names):

@@ -1,6 +1,6 @@
 """/v1's words for what a chat model may be asked beside text, and what it tells beside its reply.
 
-Each is passed on where the model's task has it, by tasks that are widened here.
+Each is passed on where the model's task has it, by options that are widened here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from backend.errors import InvalidRequest
 from backend.openai import ROUTES
 from backend.openai.base import order
 from backend.registry import Registry
-from backend.schemas import Anything, ListOf, Number, ObjectOf, StrictSchema
+from backend.schemas import Anything, Number
 from backend.tasks import TASKS
-from backend.tasks.text import GenerationOptions
+from backend.tasks.text import ChatOptions
 
 REGISTRY = Registry.load(Path(__file__).resolve().parent.parent / "models.yaml")
 TOLD = [{"role": "user", "content": "hi"}]
@@ -30,22 +30,16 @@ WEATHER = {
 }
 
 
-class WideOptions(GenerationOptions):
+class WideOptions(ChatOptions):
     top_logprobs = Anything()
     response_format = Anything()
     frequency_penalty = Number(low=-2, high=2)
     presence_penalty = Number(low=-2, high=2)
 
 
-class WideInput(StrictSchema):
-    messages = ListOf(Anything(), high=100)
-    tools = ListOf(Anything(), high=100)
-
-
 @pytest.fixture
-def ask(monkeypatch):
+def ask():
     """A body as the input and options that it comes to, of a model that can do all of it."""
-    monkeypatch.setitem(TASKS, "chat", replace(TASKS["chat"], input=ObjectOf(WideInput)))
 
     def asked(model="chat-assistant-v1", **body):
         route = ROUTES["/v1/completions" if "prompt" in body else "/v1/chat/completions"]
@@ -78,6 +72,8 @@ def ask(monkeypatch):
         ({"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": 5}),
         ({"stop": "a"}, {"stop": ["a"]}),
         ({"min_tokens": 3, "top_k": None}, {"min_tokens": 3}),
+        ({"reasoning_effort": "none"}, {"thinking": False}),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, {"thinking": True}),
     ],
 )  # fmt: skip
 def test_options_are_in_cranes_words(ask, body, options):
@@ -108,6 +104,7 @@ def test_tools_and_what_they_said_are_passed_on(ask):
         ],
         "tools": [WEATHER],
     }
+    assert TASKS["chat"].input.deserialize(asked.input) == asked.input
     assert "tools" not in ask(tools=[WEATHER], tool_choice="none").input
 
 
@@ -137,12 +134,10 @@ def test_arguments_are_a_json_object_in_a_string(ask, arguments):
 
 
 def test_a_task_that_knows_no_tools_refuses_them_by_name():
-    if "tools" in TASKS["chat"].input.schema.fields:
-        pytest.skip("the task has them")
     route = ROUTES["/v1/chat/completions"]
-    body = {"model": "chat-assistant-v1", "messages": TOLD, "tools": [WEATHER]}
+    body = {"model": "image-chat-v1", "messages": TOLD, "tools": [WEATHER]}
     with pytest.raises(InvalidRequest) as refused:
-        order(route, REGISTRY.get("chat-assistant-v1"), body, ROUTES.values())
+        order(route, REGISTRY.get("image-chat-v1"), body, ROUTES.values())
     assert refused.value.details == {"tools": "is not something this model can be asked"}
 
 

@@ -346,7 +346,17 @@ def test_the_table_of_openais_routes_knows_what_they_take():
     for route, _, takes, *_ in rows("route", "for models of type"):
         known = ROUTES[route.strip("`").removeprefix("POST ")].body().fields
         shown = re.findall(r"`(\w+)(?:\[\])?`", takes)
-        values = {"image_url", "float", "base64", "png", "jpeg", "webp", "inpainting", "flagged"}
+        values = {
+            "image_url",
+            "enable_thinking",
+            "float",
+            "base64",
+            "png",
+            "jpeg",
+            "webp",
+            "inpainting",
+            "flagged",
+        }
         values |= {"mp3", "opus", "flac", "wav", "json", "text", "verbose_json", "srt", "vtt"}
         assert set(shown) - values <= set(known), route
 
@@ -364,6 +374,8 @@ def test_the_table_of_the_receipt_has_every_key_that_is_answered(shipped):
         "seed",
         "finish_reason",
         "logprobs",
+        "reasoning_content",
+        "tool_calls",
         "language",
         "min_depth",
         "max_depth",

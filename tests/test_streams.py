@@ -34,6 +34,7 @@ def server(request, checkpoint, tmp_path_factory):
         {"id": "writer", "type": "text-generation", "hf_model": checkpoint("llama")},
         {"id": "bytes", "type": "text-generation", "hf_model": checkpoint("llama_without_end")},
         {"id": "t5", "type": "text2text-generation", "hf_model": checkpoint("t5"), "cost": PRICE},
+        {"id": "thinker", "type": "chat", "hf_model": checkpoint("thinker")},
         {"id": "pictures", "type": "text-to-image", "hf_model": checkpoint("stable_diffusion")},
         MINILM,
     ]
@@ -165,6 +166,27 @@ def test_neither_stop_strings_nor_halves_of_characters_are_told(server):
         assert events[-1][1]["metadata"]["finish_reason"] == "stop"
         told |= {data["text"] for name, data in events if name == "delta"}
     assert len(told) > 40
+
+
+def test_what_a_chat_thinks_and_calls_is_told_apart_from_what_it_says(server):
+    names = ("weather", "clock")
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    chats = [{"messages": [{"role": "user", "content": "Köln?"}], "tools": tools}] * 3
+    plain, receipt = server.run("thinker", chats)[1].values()
+    events = list(server.stream("thinker", chats))
+    content, thoughts = [""] * 3, [""] * 3
+    for name, data in events:
+        if name == "delta":
+            (thoughts if data.get("kind") == "reasoning" else content)[data["index"]] += data[
+                "text"
+            ]
+    assert content == events[-2][1]["output"] == plain == ["Let me look."] * 3
+    done = events[-1][1]["metadata"]
+    assert thoughts == done["reasoning_content"] == receipt["reasoning_content"] == ["I ask"] * 3
+    called = [[call["name"] for call in calls] for calls in done["tool_calls"]]
+    assert called == [[*names]] * 3
+    assert done["tool_calls"] == receipt["tool_calls"]
+    assert done["usage"]["reasoning_tokens"] == receipt["usage"]["reasoning_tokens"] == 9
 
 
 def test_the_receipt_of_a_cut_text_says_so(server):

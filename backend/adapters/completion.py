@@ -8,6 +8,7 @@ from typing import Any
 
 from backend.adapters.base import Prediction
 from backend.adapters.detokenizer import Detokenizer
+from backend.replies import Reply
 
 # Often enough that a text seems to flow; and less often where many are written at once: to tell of
 # each token by itself takes a fifth of the throughput of 64 callers on two cores.
@@ -34,7 +35,8 @@ class Completion:
 
     It ends with one of ``ends``, at its ``room`` in tokens, or at a stop string, which is no part
     of it. ``tell`` is told, as ``delta``, what of the text is sure: at its first token, at each
-    ``speak``, and at its end.
+    ``speak``, and at its end. With a ``reply`` the text is the content of what is written, and
+    thinking is told beside it; see ``Detokenizer`` for that and for ``kept``.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Completion:
         ends: Collection[int],
         stop: list[str],
         tell: Callable[[str, dict[str, Any]], None] | None = None,
+        reply: Reply | None = None,
+        kept: Collection[int] = (),
     ) -> None:
         self.ids: list[int] = []  # with the token that ended it
         self.finish_reason: str | None = None
@@ -53,10 +57,12 @@ class Completion:
         self._room = room
         self._ends = ends
         self._stops = bool(stop)
-        self._detokenizer = Detokenizer(tokenizer, stop)
+        self._detokenizer = Detokenizer(tokenizer, stop, reply, kept)
         self._decoded = 0
         self._tell = tell
         self._untold = ""
+        self._reply = reply
+        self._told_thinking = 0  # in characters
 
     @property
     def ended(self) -> bool:
@@ -79,6 +85,10 @@ class Completion:
         if self._tell is None:
             return
         self._decode()
+        if self._reply is not None and len(self._reply.reasoning) > self._told_thinking:
+            text = self._reply.reasoning[self._told_thinking :]
+            self._told_thinking += len(text)
+            self._tell("delta", {"text": text, "kind": "reasoning"})
         if self._untold:
             self._tell("delta", {"text": self._untold})
             self._untold = ""
@@ -89,8 +99,13 @@ class Completion:
         self._add(self._detokenizer.finish())
         self.speak()
         usage = {"input_tokens": self._prompt_tokens, "output_tokens": len(self.ids)}
-        reason = self.finish_reason or "stop"
-        return Prediction(self._detokenizer.text, usage, {"finish_reason": reason})
+        facts: dict[str, Any] = {"finish_reason": self.finish_reason or "stop"}
+        if self._reply is not None and self._reply.reasoning:
+            facts["reasoning_content"] = self._reply.reasoning
+            usage["reasoning_tokens"] = self._reply.reasoning_tokens
+        if self._reply is not None and self._reply.calls:
+            facts["tool_calls"] = self._reply.calls
+        return Prediction(self._detokenizer.text, usage, facts)
 
     def _decode(self) -> None:
         new = self.ids[self._decoded :]

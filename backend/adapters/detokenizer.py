@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
+
+from backend.replies import Reply
+
+Decode = Callable[[int | None], str]
 
 
 class Detokenizer:
@@ -11,13 +15,24 @@ class Detokenizer:
 
     What ``add`` and ``finish`` return is the text when put together, whatever number of tokens
     comes at a time: none of it is part of a stop string, and no character is split. Nothing is
-    returned before it is sure.
+    returned before it is sure. Where there is a ``reply``, the text is its content alone: what a
+    model thinks, and how it calls a tool, is nothing that the caller's stop strings are for.
     """
 
-    def __init__(self, tokenizer: Any, stop: list[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: list[str],
+        reply: Reply | None = None,
+        kept: Collection[int] = (),
+    ) -> None:
+        """``kept`` are the special tokens that are text to the reply."""
         self.text = ""  # all that was returned
         self.stopped = False  # by a stop string
-        self._decode = _decoder(tokenizer)
+        if reply is None:
+            self._decode = _decoder(tokenizer)
+        else:
+            self._decode = _content(_decoder(tokenizer, kept), reply)
         self._stop = stop
         self._held = ""  # what may be the beginning of a stop string
 
@@ -62,17 +77,48 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _decoder(tokenizer: Any) -> Callable[[int | None], str]:
+def _content(decode: Decode, reply: Reply) -> Decode:
+    """``decode`` for the content of what is written; the rest of it is in ``reply``."""
+
+    def content(token: int | None) -> str:
+        text = decode(token)
+        if token is None:
+            return reply.feed(text) + reply.end()
+        said = reply.feed(text)
+        reply.reasoning_tokens += reply.thinks
+        return said
+
+    return content
+
+
+def _decoder(tokenizer: Any, kept: Collection[int] = ()) -> Decode:
     """A function from the next token to the text that is sure by then; None asks for the rest."""
+    if not kept:
+        return _decoder_of(tokenizer, True)
+    decode, left_out = (
+        _decoder_of(tokenizer, False),
+        special_tokens_of(tokenizer).keys() - set(kept),
+    )
+    return lambda token: "" if token in left_out else decode(token)
+
+
+def special_tokens_of(tokenizer: Any) -> dict[int, str]:
+    """The tokens that no text has, and how they are written."""
+    added = tokenizer.added_tokens_decoder
+    return {token: str(one.content) for token, one in added.items() if one.special}
+
+
+def _decoder_of(tokenizer: Any, skips: bool) -> Decode:
+    """``skips`` is whether special tokens are no text."""
     backend = getattr(tokenizer, "_tokenizer", None)
     # The clean-up of spaces, of old checkpoints, looks at what comes after them.
     cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
     cleans = cleans and type(getattr(backend, "model", None)).__name__ != "BPE"
     if backend is None or cleans:
-        return _whole_words(tokenizer)
+        return _whole_words(tokenizer, skips)
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=True)
+    stream = DecodeStream(skip_special_tokens=skips)
     unsure: list[int] = []  # since the last token after which there was a whole character
     ids: list[int] = []
     sent = 0
@@ -81,7 +127,7 @@ def _decoder(tokenizer: Any) -> Callable[[int | None], str]:
         nonlocal sent
         if token is None:
             # A text may end within a character; the library shows what there is of it.
-            return str(tokenizer.decode(ids, skip_special_tokens=True))[sent:] if unsure else ""
+            return str(tokenizer.decode(ids, skip_special_tokens=skips))[sent:] if unsure else ""
         ids.append(token)
         text: str | None = stream.step(backend, token)
         if text is None:
@@ -94,8 +140,8 @@ def _decoder(tokenizer: Any) -> Callable[[int | None], str]:
     return decode
 
 
-def _whole_words(tokenizer: Any) -> Callable[[int | None], str]:
-    """``_decoder`` for a tokenizer that can only decode a whole text: a word is sure after it."""
+def _whole_words(tokenizer: Any, skips: bool) -> Decode:
+    """The same for a tokenizer that can only decode a whole text: a word is sure after it."""
     ids: list[int] = []
     sent = 0
 
@@ -103,7 +149,7 @@ def _whole_words(tokenizer: Any) -> Callable[[int | None], str]:
         nonlocal sent
         if token is not None:
             ids.append(token)
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = tokenizer.decode(ids, skip_special_tokens=skips)
         end = len(text) if token is None else max(sent, text.rstrip().rfind(" "))
         added, sent = text[sent:end], max(sent, end)
         return added

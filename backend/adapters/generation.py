@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
+from backend.adapters.detokenizer import special_tokens_of
 from backend.adapters.grammar import Grammars
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slots import writes_like_alone
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+from backend.replies import Reply, marks_of
 from backend.tasks.text import OF_TOKENS
 
 if TYPE_CHECKING:
@@ -34,11 +37,16 @@ class Generator(TransformersAdapter):
 
     special_tokens = True  # whether the tokenizer adds its own
     pads_left = False
+    kept_tokens: Collection[int] = ()  # special ones that are text to a reply
 
     def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
         """The text that the tokenizer gets for an input."""
         text: str = value
         return text
+
+    def reply(self, value: Any, prompt: list[int]) -> Reply | None:
+        """What takes apart what is written for an input; None where all of it is the output."""
+        return None
 
     def encode(self, prompt: str, options: Mapping[str, Any], **how: Any) -> list[int]:
         ids: list[int] = self.tokenizer(
@@ -103,6 +111,10 @@ class Generator(TransformersAdapter):
             batch,
             prompts=[len(prompt) for prompt in prompts],
             room=[self.room(prompt, batch.options) for prompt in prompts],
+            replies=[
+                self.reply(batch.inputs[place], prompt)
+                for place, prompt in zip(places, prompts, strict=True)
+            ],
             start=1 if self.model.config.is_encoder_decoder else input_ids.shape[1],
         )
 
@@ -115,16 +127,18 @@ class Generator(TransformersAdapter):
         prompts: list[int],
         room: list[int],
         start: int,
+        replies: Sequence[Reply | None] = (),
     ) -> list[Prediction]:
         """Write a text for each row; ``places[row]`` is its place in the batch.
 
         ``prompts`` has each row's tokens, ``room`` how many may follow, and ``start`` is the column
-        where writing begins.
+        where writing begins; ``replies`` take the texts apart.
         """
         import torch
 
         options = batch.options
         beams = options["num_beams"] > 1
+        replies = replies or [None] * len(places)
         completions = [
             Completion(
                 self.tokenizer,
@@ -134,14 +148,17 @@ class Generator(TransformersAdapter):
                 stop=options["stop"],
                 # Which of several beams the text will be is not known before its end.
                 tell=None if beams or not batch.listens(place) else partial(batch.tell, place),
+                reply=reply,
+                kept=self.kept_tokens,
             )
-            for place, prompt, most in zip(places, prompts, room, strict=True)
+            for place, prompt, most, reply in zip(places, prompts, room, replies, strict=True)
         ]
         ending = Ending(
             completions,
             start=start,
             room=room,
-            stop=options["stop"],
+            # Beams are searched on where a text may go on after one: in what the model thinks.
+            stop=[] if any(replies) else options["stop"],
             decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
             cancelled=lambda row: batch.cancelled(places[row]),
         )
@@ -274,6 +291,9 @@ class CausalGenerator(Generator):
                 ends=self.ends,
                 stop=options["stop"],
                 tell=entry.tell if entry.listens else None,
+                # What is kept to a format is all of it content.
+                reply=None if wanted else self.reply(entry.input, prompt),
+                kept=self.kept_tokens,
             ),
             sampling=Sampling(
                 options,
@@ -313,21 +333,64 @@ class Chat(CausalGenerator):
 
     def load(self) -> None:
         super().load()
-        if not self.tokenizer.chat_template:
+        template = self.tokenizer.chat_template
+        if not template:
             raise ModelUnavailable("It has no chat template, so it cannot serve type chat.")
+        # Some have one template for calls with tools, and another for those without.
+        self._template = template if isinstance(template, str) else "\n".join(template.values())
+        self._marks = marks_of(self._template, getattr(self.tokenizer, "response_template", None))
+        self.kept_tokens = [
+            token
+            for token, written in special_tokens_of(self.tokenizer).items()
+            if any(written in mark for mark in self._marks.all)
+        ]
 
     def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
         import jinja2
 
+        extra: dict[str, Any] = {}
+        if value.get("tools"):
+            extra["tools"] = value["tools"]
+            if not re.search(r"\btools\b", self._template):
+                return InvalidRequest.of({"input.tools": "are nothing that this model can be told"})
+        if options["thinking"] is not None:
+            extra["enable_thinking"] = options["thinking"]
+            if "enable_thinking" not in self._template:
+                fault = "is nothing that this model can be told; leave it out"
+                return InvalidRequest.of({"options.thinking": fault})
         try:
             prompt: str = self.tokenizer.apply_chat_template(
-                value["messages"], tokenize=False, add_generation_prompt=True
+                [_as_templates_have_it(message) for message in value["messages"]],
+                tokenize=False,
+                add_generation_prompt=True,
+                **extra,
             )
-        except jinja2.TemplateError as error:
-            # The model's own rule in its own words, such as "roles must alternate".
+        except (jinja2.TemplateError, TypeError) as error:
+            # The model's own rule in its own words, such as "roles must alternate"; or its
+            # template cannot take what stands where it has texts.
             return InvalidRequest.of({"input.messages": f"do not suit this model: {error}"})
         return prompt
 
+    def reply(self, value: Any, prompt: list[int]) -> Reply | None:
+        tools = value.get("tools", [])
+        marks = self._marks if tools else self._marks.without_calls()
+        if not marks:
+            return None
+        end = self.tokenizer.decode(prompt[-16:])  # more than any mark has
+        return Reply(marks, thinking=marks.opened_by(end), tools=tools)
+
     def size(self, value: Any, options: Mapping[str, Any]) -> int:
-        contents = [message["content"] for message in value["messages"]]
-        return sum(super(Chat, self).size(content, options) for content in contents)
+        told = [*value["messages"], *value.get("tools", [])]
+        return sum(super(Chat, self).size(one, options) for one in told)
+
+
+def _as_templates_have_it(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in the words of transformers' chat templates."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+        | ({"id": call["id"]} if "id" in call else {})
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}

@@ -36,7 +36,8 @@ class Event:
 
     ``start`` once, when its first input begins to run: ``revision``, ``device``, ``dtype`` and the
     ``timings_ms`` so far. Then, each with the ``index`` of the input that it is about, ``delta``
-    with a ``text`` that goes on from the last, and ``progress`` with how many ``steps`` of how many
+    with a ``text`` that goes on from the last of its ``kind`` (what the model thinks is of the kind
+    ``reasoning``, its output of none), and ``progress`` with how many ``steps`` of how many
     are done (``step``), and sometimes a ``preview``.
     """
 
@@ -212,8 +213,8 @@ class Item:
         self.index = index
         self.size = 1
         self.alone = False  # whether it runs by itself, after it failed with others
-        self._told = ""  # of its text
-        self._again = ""  # what of that another run still has to repeat
+        self._told: dict[str, str] = {}  # of each kind of text
+        self._again: dict[str, str] = {}  # what of that another run still has to repeat
         self.prediction: Prediction | None = None
         self.error: CraneError | None = None
         self.batch_size = 0
@@ -244,21 +245,21 @@ class Item:
         if not self.listens:
             return
         if kind == "delta":
-            text = data["text"]
-            if self._again:  # which the caller has
-                known = min(len(text), len(self._again))
-                if text[:known] != self._again[:known]:
+            text, sort = data["text"], data.get("kind", "")
+            if again := self._again.get(sort):  # which the caller has
+                known = min(len(text), len(again))
+                if text[:known] != again[:known]:
                     raise RuntimeError("a run that was begun anew wrote another text")
-                self._again, text = self._again[known:], text[known:]
+                self._again[sort], text = again[known:], text[known:]
             if not text:
                 return
-            self._told += text
+            self._told[sort] = self._told.get(sort, "") + text
             data = {**data, "text": text}
         self.job.tell(kind, {"index": self.index, **data})
 
     def begin_again(self) -> None:
         """What a run that failed has told is not to be told twice."""
-        self._again = self._told
+        self._again = dict(self._told)
 
     def answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
         if isinstance(result, CraneError):

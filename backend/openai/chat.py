@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,11 +12,12 @@ from marshmallow import ValidationError, validates_schema
 
 from backend.engine.calls import Event
 from backend.openai.base import Nullable, Only, Option, Order, Route, each, in_body
-from backend.openai.messages import AnyObject, Message, Tool, input_of
+from backend.openai.messages import Message, Tool, input_of
 from backend.openai.streaming import Style, chunks_of
 from backend.openai.writing import Writing, facts, head, usage
 from backend.registry import ModelSpec
 from backend.schemas import (
+    AnyObject,
     Boolean,
     Choice,
     Integer,
@@ -47,12 +49,33 @@ class ResponseFormat(Nullable):
             raise ValidationError({"value": ["is for the type json_object"]})
 
 
+class Effort(Option):
+    """How much to think: nothing is all that a model can be told here."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        Only("none")._deserialize(value, attr, data, **kwargs)
+        return False
+
+
+class TemplateOptions(Nullable):
+    enable_thinking = Boolean()
+
+
+class TemplateOption(Option):
+    """vLLM's way to tell a model's template something: whether to think, here."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        return ObjectOf(TemplateOptions).deserialize(value).get("enable_thinking")
+
+
 class ChatBody(Writing):
     messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
     max_completion_tokens = Option("max_tokens")
     logprobs = Boolean(load_default=False)
     top_logprobs = Integer(low=0, high=20)
     response_format = ObjectOf(ResponseFormat)
+    reasoning_effort = Effort("thinking")
+    chat_template_kwargs = TemplateOption("thinking")
     tools = ListOf(ObjectOf(Tool), low=1, high=128)
     tool_choice = Only("none", "auto")
     parallel_tool_calls = Only(True)
@@ -89,6 +112,7 @@ def at(path: str, order: Order) -> str:
     if path == "input":
         return "n" if order.batched else "messages"
     path = in_body(path.replace(path.split(".")[0], "input", 1), "messages")
+    path = re.sub(r"(\.tool_calls\[\d+\])\.(name|arguments)", r"\1.function.\2", path)
     return path.removesuffix(".image") + ".image_url.url" if path.endswith(".image") else path
 
 
@@ -105,7 +129,7 @@ def reply(text: str, told: Mapping[str, Any]) -> dict[str, Any]:
 def tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = orjson.dumps(call["arguments"]).decode()
     return {
-        "id": f"call_{secrets.token_hex(12)}",
+        "id": secrets.token_hex(5)[:9],  # nine, for Mistral's templates take no other
         "type": "function",
         "function": {"name": call["name"], "arguments": arguments},
     }

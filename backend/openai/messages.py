@@ -11,19 +11,11 @@ from marshmallow import ValidationError, validates_schema
 from backend.errors import InvalidRequest, did_you_mean
 from backend.openai.base import CANNOT, Nullable, Only
 from backend.registry import ModelSpec
-from backend.schemas import Choice, ListOf, ObjectOf, StrictField, Text
+from backend.schemas import AnyObject, Choice, ListOf, ObjectOf, StrictField, Text
 from backend.tasks import TASKS
 
 # Roles in OpenAI's words that are others in ours.
 _ROLES = {"developer": "system"}
-
-
-class AnyObject(StrictField):
-    type_name = "object"
-    expected = "an object"
-
-    def accepts(self, value: Any) -> bool:
-        return type(value) is dict
 
 
 class Arguments(Text):
@@ -135,7 +127,13 @@ def input_of(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
         return {"messages": messages}
     if "tools" not in _fields(spec):
         raise InvalidRequest.of({"tools": CANNOT})
-    return {"messages": messages, "tools": body["tools"]}
+    return {"messages": messages, "tools": [_tool(one) for one in body["tools"]]}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool in Crane's words, which have none for ``strict``: false is how it is anyway."""
+    function = {name: value for name, value in tool["function"].items() if name != "strict"}
+    return {**tool, "function": function}
 
 
 def _fields(spec: ModelSpec) -> Mapping[str, Any]:

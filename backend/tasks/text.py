@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
@@ -9,6 +10,7 @@ from marshmallow import ValidationError, pre_load, validates_schema
 
 from backend.errors import InvalidRequest
 from backend.schemas import (
+    AnyObject,
     Boolean,
     Choice,
     Integer,
@@ -21,6 +23,8 @@ from backend.schemas import (
     check_depth,
 )
 from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
+
+MOST_JSON = 65536  # bytes of a tool's parameters, and of the arguments of a call
 
 
 class GenerationOptions(Options):
@@ -183,13 +187,85 @@ class TranslationOptions(Text2TextOptions):
     )
 
 
+class ChatOptions(TokenOptions):
+    thinking = Boolean(
+        load_default=None,
+        allow_none=True,
+        metadata=about("whether to think first, of a model that can be told; null is as it does"),
+    )
+
+
+class ToolName(Text):
+    """What a tool is called by."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        if not re.fullmatch(r"[\w-]{1,64}", value, re.ASCII):
+            raise ValidationError("must be 1 to 64 letters, digits, _ and -")
+        return value
+
+
+class Function(StrictSchema):
+    name = ToolName(required=True)
+    description = Text(blank=True)
+    parameters = AnyObject(high=MOST_JSON)
+
+
+class Tool(StrictSchema):
+    type = Choice(["function"], required=True)
+    function = ObjectOf(Function, required=True)
+
+
+class ToolCall(StrictSchema):
+    """As the receipt has it; an ``id`` is for templates that want one."""
+
+    id = Text()
+    name = ToolName(required=True)
+    arguments = AnyObject(high=MOST_JSON, required=True)
+
+
+# What messages of some roles may have beside their content.
+ONLY_OF = {
+    "assistant": ("tool_calls", "reasoning_content"),
+    "tool": ("tool_call_id", "name"),
+}
+
+
 class Message(StrictSchema):
-    role = Choice(["system", "user", "assistant"], required=True)
-    content = Text(blank=True, required=True)
+    role = Choice(["system", "user", "assistant", "tool"], required=True)
+    content = Text(blank=True)
+    reasoning_content = Text(blank=True)
+    tool_calls = ListOf(ObjectOf(ToolCall), low=1, high=128)
+    tool_call_id = Text()
+    name = ToolName()
+
+    @validates_schema
+    def _suits_its_role(self, data: dict[str, Any], **kwargs: Any) -> None:
+        faults = {
+            name: f"is for a message of the role {role}, not {data['role']}"
+            for role, names in ONLY_OF.items()
+            for name in names
+            if name in data and role != data["role"]
+        }
+        if "content" not in data and "tool_calls" not in data:
+            faults["content"] = "is missing"
+        if faults:
+            raise ValidationError({name: [fault] for name, fault in faults.items()})
 
 
 class ChatInput(StrictSchema):
     messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
+    tools = ListOf(ObjectOf(Tool), low=1, high=128)
+
+    @validates_schema
+    def _no_name_twice(self, data: dict[str, Any], **kwargs: Any) -> None:
+        names = [tool["function"]["name"] for tool in data.get("tools", [])]
+        if faults := {
+            place: {"function": {"name": [f"is {name!r} a second time"]}}
+            for place, name in enumerate(names)
+            if name in names[:place]
+        }:
+            raise ValidationError({"tools": faults})
 
 
 SUMMARIZATION = Task(
@@ -227,7 +303,7 @@ TEXT_GENERATION = Task(
 CHAT = Task(
     name="chat",
     input=ObjectOf(ChatInput),
-    options=TokenOptions,
+    options=ChatOptions,
     output="the reply, a string",
     example=(
         {"messages": [{"role": "user", "content": "Name three rivers."}]},
