@@ -217,6 +217,16 @@ def test_a_batch_of_generate_tells_the_same(models, stream):
     adapter.unload()
 
 
+def test_what_cannot_be_anything_but_content_is_not_looked_through(checkpoint, tmp_path):
+    """A token of such a text costs nothing more than one of any other."""
+    entry = {"id": "caller", "type": "chat", "hf_model": checkpoint("caller")}
+    adapter = Chat(Registry.load(write_models(tmp_path, [entry])).get("caller"), dtype="float32")
+    adapter.load()
+    assert adapter.reply(asked(), [5, 6]) is None
+    assert adapter.reply(asked(tools=TOOLS), [5, 6]) is not None
+    adapter.unload()
+
+
 def test_a_run_that_is_begun_anew_repeats_neither_thinking_nor_content():
     told = []
     call = Call(
