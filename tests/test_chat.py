@@ -9,8 +9,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from backend import create_app
 from backend.adapters.base import Batch
+from backend.adapters.chat import Chat
 from backend.adapters.completion import Completion
-from backend.adapters.generation import Chat
 from backend.config import Config
 from backend.engine.calls import Call, Event, Job
 from backend.registry import Registry
