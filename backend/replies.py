@@ -203,11 +203,9 @@ _HARMONY = Marks(
     calls=(
         ("<|channel|>commentary to=functions.", "<|call|>"),
         ("<|start|>assistant to=functions.", "<|call|>"),
-        ("<|start|>assistant<|channel|>commentary to=functions.", "<|call|>"),
     ),
     ignored=(
         "<|start|>assistant",
-        "<|start|>assistant<|channel|>final<|message|>",
         "<|channel|>final<|message|>",
         "<|channel|>commentary<|message|>",
         "<|return|>",

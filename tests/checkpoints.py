@@ -92,6 +92,12 @@ def special_thinker(folder: Path) -> None:
     _speaker(folder, SPECIAL_TEMPLATE, SPECIAL_SAYS, special=SPECIAL)
 
 
+def caller(folder: Path) -> None:
+    """Calls tools and does not think."""
+    template = _TALK + "{% if tools %}|tools|{% endif %}{# [TOOL_CALLS] #}"
+    _speaker(folder, template, SPECIAL_SAYS[1:], special=SPECIAL[2:])
+
+
 def large_llama(folder: Path, layers: int) -> None:
     """As ``llama``, of 17 MB for each layer."""
     config = _llama_config()
@@ -260,6 +266,7 @@ BUILDERS = {
         llama_without_template,
         thinker,
         special_thinker,
+        caller,
         gpt2,
         bart,
         t5,

@@ -9,11 +9,13 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from backend import create_app
 from backend.adapters.base import Batch
-from backend.adapters.generation import Chat
+from backend.adapters.chat import Chat
+from backend.adapters.completion import Completion
 from backend.config import Config
 from backend.engine.calls import Call, Event, Job
 from backend.registry import Registry
-from tests.checkpoints import checkpoint
+from backend.replies import Reply, marks_of
+from tests.checkpoints import THINKER_SAYS, THINKER_TEMPLATE, checkpoint
 from tests.conftest import run, write_models
 
 __all__ = ["checkpoint"]
@@ -215,22 +217,57 @@ def test_a_batch_of_generate_tells_the_same(models, stream):
     adapter.unload()
 
 
+def test_what_cannot_be_anything_but_content_is_not_looked_through(checkpoint, tmp_path):
+    """A token of such a text costs nothing more than one of any other."""
+    entry = {"id": "caller", "type": "chat", "hf_model": checkpoint("caller")}
+    adapter = Chat(Registry.load(write_models(tmp_path, [entry])).get("caller"), dtype="float32")
+    adapter.load()
+    assert adapter.reply(asked(), [5, 6]) is None
+    assert adapter.reply(asked(tools=TOOLS), [5, 6]) is not None
+    adapter.unload()
+
+
 def test_a_run_that_is_begun_anew_repeats_neither_thinking_nor_content():
     told = []
     call = Call(
         request_id="a", model_id="b", inputs=["c"], options={}, seeds=None, timeout_s=9, stream=True
     )
     [item] = Job(call, told.append).items
-    deltas = [{"text": "hm", "kind": "reasoning"}, {"text": "hm"}]
-    for data in deltas:
-        item.tell("delta", data)
-    item.begin_again()
-    for data in [*deltas, {"text": "!", "kind": "reasoning"}, {"text": "?"}]:
-        item.tell("delta", data)
-    assert [event.data for event in told if isinstance(event, Event)] == [
-        {"index": 0, **data}
-        for data in [*deltas, {"text": "!", "kind": "reasoning"}, {"text": "?"}]
+    first = [("h", "reasoning"), ("so", None), ("m", "reasoning")]
+    again = [("hm!", "reasoning"), ("s", None), ("o?", None)]
+    for texts in (first, again):
+        for text, kind in texts:
+            item.tell("delta", {"text": text} | ({"kind": kind} if kind else {}))
+        item.begin_again()
+    deltas = [event.data for event in told if isinstance(event, Event)]
+    assert [(data["text"], data.get("kind")) for data in deltas] == [
+        *first,
+        ("!", "reasoning"),
+        ("?", None),
     ]
+
+
+def test_each_token_can_be_told_of_by_itself(checkpoint):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint("thinker"))
+    told = []
+    completion = Completion(
+        tokenizer,
+        prompt_tokens=1,
+        room=99,
+        ends={tokenizer.eos_token_id},
+        stop=[],
+        tell=lambda kind, data: told.append((data["text"], data.get("kind"))),
+        reply=Reply(marks_of(THINKER_TEMPLATE)),
+    )
+    for token in [*tokenizer.convert_tokens_to_ids(THINKER_SAYS[0][1:]), tokenizer.eos_token_id]:
+        completion.take(token)
+        completion.speak()
+    assert told[:3] == [("hm", "reasoning"), (" so", "reasoning"), (" STOP", "reasoning")]
+    assert told[3:] == [(text, None) for text in ("Yes", ", it", " is", " é STOP", " it is.")]
+    assert completion.prediction().output == YES
+    assert told[-1] == ("\n", None)
 
 
 # What a model's template is told.

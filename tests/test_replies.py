@@ -84,6 +84,14 @@ def said(text, marks, thinking=False, tools=TOOLS, pieces=None):
             id="harmony-call",
         ),
         pytest.param(
+            HARMONY,
+            False,
+            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant "
+            'to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}',
+            Parts("", "I look.", [PARIS]),
+            id="harmony-call-of-the-other-form",
+        ),
+        pytest.param(
             QWEN,
             False,
             f"Let me look.\n<tool_call>\n{JSON_CALL}\n</tool_call>\n"

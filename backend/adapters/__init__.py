@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from backend.adapters.base import Adapter
+from backend.adapters.chat import Chat
 from backend.adapters.echo import Echo
-from backend.adapters.generation import CausalGenerator, Chat
+from backend.adapters.generation import CausalGenerator
 from backend.adapters.generic import GenericPipeline
 from backend.adapters.generic_calls import CALLS
 from backend.adapters.images import ImageEditor, ImageGenerator, Inpainter
