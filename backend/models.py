@@ -17,6 +17,7 @@ from backend.config import Config
 from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import EngineClient
 from backend.errors import InvalidRequest, NotAcceptable, Overloaded
+from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
 from backend.registry import Registry
@@ -157,6 +158,9 @@ class Asked:
             told = dict(event.data)
             timings_ms = rounded(told.pop("timings_ms"))
             return Event("start", {"metadata": {**self._about(**told), "timings_ms": timings_ms}})
+        if "preview" in event.data:
+            preview = encode_image(event.data["preview"], "jpeg")
+            return Event(event.kind, {**event.data, "preview": preview})
         return event
 
     def finish(self, answer: Answer) -> tuple[Any, dict[str, Any]]:

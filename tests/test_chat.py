@@ -198,7 +198,7 @@ def test_a_batch_of_generate_tells_the_same(models, stream):
             options={**options, "repetition_penalty": 1},
             seeds=[None, None],
             cancelled=lambda place: False,
-            progress=lambda done, of: None,
+            progress=lambda *_: None,
             listens=lambda place: True,
             tell=lambda place, kind, data: told.append((place, data)),
         )

@@ -183,7 +183,7 @@ class Run:
             options=options,
             seeds=[7] * len(inputs),
             cancelled=cancelled,
-            progress=lambda done, of: None,
+            progress=lambda *_: None,
         )
         return self.adapter.predict(batch)
 
@@ -237,7 +237,7 @@ def test_work_in_shares_leaves_out_what_is_for_those_who_left():
         options={},
         seeds=[None] * 3,
         cancelled=lambda place: place in gone,
-        progress=lambda done, of: None,
+        progress=lambda *_: None,
     )
     shares = batch.shares([0, 1, 0, 2, 1, 0, 2], 3)
     assert next(shares) == [0, 1, 2]

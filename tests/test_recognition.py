@@ -382,7 +382,7 @@ def batch_of(pcms, cancelled=lambda index: False, **options):
         options=plain | {"return_timestamps": "none"} | options,
         seeds=[None] * len(inputs),
         cancelled=cancelled,
-        progress=lambda done, of: None,
+        progress=lambda *_: None,
     )
 
 

@@ -458,7 +458,7 @@ def test_a_run_that_nobody_waits_for_ends_within_a_step(make_app, checkpoint, ki
         options=options,
         seeds=[1],
         cancelled=cancelled,
-        progress=lambda done, of: None,
+        progress=lambda *_: None,
     )
     [result] = adapter.predict(batch)
     assert isinstance(result, DeadlineExceeded)

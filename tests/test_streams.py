@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import socket
 import threading
 import time
+from io import BytesIO
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from backend import streams
+from backend.adapters import previews
 from backend.adapters.echo import Echo
 from backend.engine import client as engine_client
 from tests.checkpoints import checkpoint, sentence
@@ -460,3 +465,66 @@ def test_streams_hold_the_places_that_calls_have(make_app):
     assert run(client).status_code == 503
     stream.close()
     assert run(client).status_code == 200
+
+
+DRAWN = {"width": 64, "height": 48, "num_inference_steps": 3, "seed": 4}
+
+
+def previews_of(response):
+    """The previews of each input, as pictures."""
+    found = {}
+    for line in response.text.splitlines():
+        data = json.loads(line[6:]) if line.startswith("data: ") else {}
+        if "preview" in data:
+            assert data["preview"]["mime_type"] == "image/jpeg"
+            picture = Image.open(BytesIO(base64.b64decode(data["preview"]["data"])))
+            found.setdefault(data["index"], []).append(picture)
+    return found
+
+
+@pytest.fixture
+def drawing(make_app, checkpoint, monkeypatch):
+    monkeypatch.setattr(previews, "EVERY_S", 0)
+    entry = {"id": "pictures", "type": "text-to-image", "hf_model": checkpoint("stable_diffusion")}
+    return make_app([entry]).test_client()
+
+
+def test_a_picture_is_previewed_as_it_is_drawn_and_is_drawn_as_without(drawing, monkeypatch):
+    plain = run(drawing, "pictures", ["a", "b"], options={**DRAWN, "num_images": 2})
+    streamed = run(drawing, "pictures", ["a", "b"], options={**DRAWN, "num_images": 2}, stream=True)
+    seen = previews_of(streamed)
+    assert {index: len(pictures) for index, pictures in seen.items()} == {0: 3, 1: 3}
+    assert {picture.size for pictures in seen.values() for picture in pictures} == {(64, 48)}
+    [output] = [line for line in streamed.text.splitlines() if line.startswith('data: {"output"')]
+    assert json.loads(output[6:])["output"] == plain.json["output"]
+    # The last of the first input's is that of its first picture, but for what JPEG loses.
+    pair = [Image.open(BytesIO(base64.b64decode(one["data"]))) for one in plain.json["output"][0]]
+    last, first, second = (np.asarray(one.convert("L"), float) for one in (seen[0][-1], *pair))
+    assert np.abs(last - first).mean() < 0.3 * np.abs(last - second).mean()
+
+
+def test_a_large_pictures_preview_is_small(drawing):
+    response = run(
+        drawing, "pictures", "a", options={**DRAWN, "width": 256, "height": 128}, stream=True
+    )
+    [pictures] = previews_of(response).values()
+    scale = pictures[0].size[0] // 16
+    assert {picture.size for picture in pictures} == {(16 * scale, 8 * scale)}
+    assert pictures[0].size[0] < 256
+
+
+def test_nobody_pays_for_a_preview_that_nobody_sees(drawing, monkeypatch):
+    seen = []
+    monkeypatch.setattr(previews.Previewer, "see", lambda *args: seen.append(args) or {})
+    assert run(drawing, "pictures", "a", options=DRAWN).status_code == 200
+    assert seen == []
+
+
+def test_a_preview_that_fails_spoils_no_picture(drawing, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no room for it")
+
+    monkeypatch.setattr(previews.Previewer, "_decode", fails)
+    response = run(drawing, "pictures", "a", options=DRAWN, stream=True)
+    assert previews_of(response) == {}
+    assert events_of(response)[-2:] == ["output", "done"]

@@ -283,7 +283,7 @@ def test_a_neighbour_who_leaves_changes_nothing_for_who_stays(make_app, shape_ch
     adapter.load()
     left = []
 
-    def progress(done, of):
+    def progress(done, *_):
         left.append(done)
 
     options = {**spec.options_schema.load({}), "num_inference_steps": 3}

@@ -23,7 +23,8 @@ class Batch:
     """Inputs of one or more callers that run together, all with equal options.
 
     ``seeds[i]`` is input i's own; ``cancelled(i)`` turns true once nobody waits for it.
-    ``progress(done, of)`` tells the engine how many of a run's steps are done. ``listens(i)`` says
+    ``progress(done, of, previews)`` tells the engine how many of a run's steps are done, and
+    perhaps how the pictures of some inputs look by now, as pixels. ``listens(i)`` says
     whether input i's caller is told of its run, by ``tell(i, kind, data)`` as ``Event`` has it.
     """
 
@@ -31,7 +32,7 @@ class Batch:
     options: dict[str, Any]
     seeds: list[int | None]
     cancelled: Callable[[int], bool]
-    progress: Callable[[int, int], None]
+    progress: Callable[..., None]
     listens: Callable[[int], bool] = lambda index: False
     tell: Callable[[int, str, dict[str, Any]], None] = lambda index, kind, data: None
 

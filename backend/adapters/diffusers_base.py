@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backend.adapters.base import Adapter, Batch, too_late
 from backend.adapters.hub import find_weights, pick_device, release_memory
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
+from backend.adapters.previews import Previewer
 from backend.adapters.transformers_base import quiet
 from backend.errors import InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
@@ -167,15 +168,23 @@ class DiffusersAdapter(Adapter):
         equal runs are done.
         """
 
-        def step(index: int) -> None:
+        # Of an input's pictures the first is shown.
+        rows = {place: row for row, place in reversed(list(enumerate(places)))}
+        listening = {place: row for place, row in rows.items() if batch.listens(place)}
+        previewer = Previewer(self.pipeline) if "offload" not in self.spec.memory else None
+
+        def step(index: int, latents: Any = None) -> None:
             total = getattr(self.pipeline, "num_timesteps", None)
             total = total or len(self.pipeline.scheduler.timesteps)
-            batch.progress(before * total + index + 1, of * total)
+            previews = None
+            if latents is not None and listening and previewer and previewer.due():
+                previews = previewer.see(latents, listening)
+            batch.progress(before * total + index + 1, of * total, previews)
             if not batch.waited_for(places):
                 raise too_late()
 
         def on_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            step(index)
+            step(index, tensors.get("latents"))
             return tensors
 
         if "callback_on_step_end" in self.parameters:

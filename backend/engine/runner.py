@@ -163,10 +163,11 @@ class Runner:
         ``last`` says that it was tried before, and ran out of memory.
         """
 
-        def progress(done: int, of: int) -> None:
+        def progress(done: int, of: int, previews: Mapping[int, Any] | None = None) -> None:
             self.progress = {"step": done, "steps": of}
-            for item in items:
-                item.tell("progress", self.progress)
+            for place, item in enumerate(items):
+                seen = {"preview": previews[place]} if previews and place in previews else {}
+                item.tell("progress", {**self.progress, **seen})
 
         for item in items:
             item.begin_again()
