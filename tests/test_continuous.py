@@ -20,7 +20,7 @@ from backend.adapters.footprint import count
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import LEAST, Prefixes
 from backend.adapters.slots import writes_like_alone
-from backend.errors import InvalidRequest
+from backend.errors import DeadlineExceeded, InvalidRequest
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import run, together, write_models
 from tests.serving import Gunicorn, wait_for
@@ -79,6 +79,13 @@ class Written:
         self.texts[entry.place] = prediction
 
 
+class Left(list):
+    """A prompt whose caller leaves at some time."""
+
+    def after():
+        return False
+
+
 def entry(place, prompt):
     class Entry:
         def __init__(self):
@@ -86,7 +93,7 @@ def entry(place, prompt):
             self.options, self.seed, self.listens = {}, None, False
 
         def cancelled(self):
-            return False
+            return isinstance(prompt, Left) and Left.after()
 
     return Entry()
 
@@ -146,6 +153,26 @@ def test_texts_are_what_the_library_writes_for_each_alone(name):
     texts = written_by(model, prompts, most=6)
     assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
     assert {text.facts["finish_reason"] for text in texts} <= {"stop", "length"}
+
+
+def test_what_nobody_waits_for_stops_at_the_next_token(monkeypatch):
+    model, prompts = model_of("Llama"), prompts_of(4)
+    sizes = []
+    real = slots.Decoder.step
+
+    def step(self, tokens):
+        sizes.append(len(tokens))
+        return real(self, tokens)
+
+    monkeypatch.setattr(slots.Decoder, "step", step)
+    monkeypatch.setattr(Left, "after", lambda: len(sizes) >= 3)
+    prompts[1] = Left(prompts[1])
+    texts = written_by(model, prompts)
+    assert isinstance(texts[1], DeadlineExceeded)
+    assert sizes[:4] == [4, 4, 4, 3]
+    assert [text.output for text in texts[:1] + texts[2:]] == [
+        alone(model, prompt) for prompt in prompts[:1] + prompts[2:]
+    ]
 
 
 @pytest.mark.parametrize("setting", ["no_repeat_ngram_size", "forced_eos_token_id"])
@@ -477,6 +504,44 @@ def test_a_deadline_ends_one_of_a_run_and_not_the_others(make_app, add_task):
     assert [answer.status_code for answer in answers] == [200, 504, 200]
 
 
+def test_a_model_in_use_can_leave_though_new_inputs_keep_joining(make_app, add_task):
+    unloaded = threading.Event()
+
+    class Busy(Together):
+        steps = 20
+
+        def check(self, running):
+            time.sleep(0.002)
+
+        def unload(self):
+            unloaded.set()
+
+    app = make_app([add_task("busy", Busy)])
+    over = threading.Event()
+
+    def call():
+        while not over.is_set():
+            assert run(app.test_client(), "busy").status_code == 200
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        [worker] = wait_for(
+            lambda: [
+                worker
+                for worker in app.extensions["crane"].engine._engine._pool._workers.values()
+                if worker.users >= 3
+            ]
+        )
+        assert worker.leave(though_used=True)
+        assert unloaded.wait(5)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(30)
+
+
 def test_a_run_keeps_nothing_of_its_texts():
     model = model_of("Llama")
     before = len([one for one in gc.get_objects() if isinstance(one, torch.Tensor)])
@@ -553,6 +618,13 @@ def test_an_object_parses_whatever_its_model_would_write(server, seed):
     assert type(json.loads(answer["output"])) is dict
     stream = server.stream("chat", CHAT, options=options)
     assert text_of(stream) == answer["output"]
+
+
+def test_a_document_that_just_fits_is_whole(server):
+    options = {"response_format": {"type": "json_object"}, "max_tokens": 2}
+    answer = server.run("chat", CHAT, options=options)[1]
+    assert answer["output"] == "{}"
+    assert answer["metadata"]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(
