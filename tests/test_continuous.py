@@ -519,11 +519,12 @@ def test_a_model_in_use_can_leave_though_new_inputs_keep_joining(make_app, add_t
     app = make_app([add_task("busy", Busy)])
     over = threading.Event()
 
-    def call():
+    def call(place):
+        time.sleep(0.01 * place)  # so that one begins before the others end
         while not over.is_set():
             assert run(app.test_client(), "busy").status_code == 200
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
+    threads = [threading.Thread(target=call, args=[place]) for place in range(4)]
     for thread in threads:
         thread.start()
     try:
