@@ -19,7 +19,7 @@ from backend.adapters.echo import Echo
 from backend.adapters.footprint import count
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import LEAST, Prefixes
-from backend.adapters.slots import writes_like_alone
+from backend.adapters.slot_trial import layout_of
 from backend.errors import DeadlineExceeded, InvalidRequest
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import run, together, write_models
@@ -28,6 +28,7 @@ from tests.serving import Gunicorn, wait_for
 __all__ = ["checkpoint"]
 
 CHAT = {"messages": [{"role": "user", "content": "the old tower"}]}
+MIXED = ["sliding_attention", "full_attention"]
 SMALL = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -40,8 +41,8 @@ SMALL = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-# Each with whether its texts can be written in slots: not where a layer forgets, where positions
-# are no numbers of their own, and where there is no list of keys and values.
+# Each with whether its texts can be written in slots: not where positions are no numbers of their
+# own, where attention is in a way of its own, and where there is no list of keys and values.
 MODELS = {
     "Llama": ({}, True),
     "Qwen2": ({"num_key_value_heads": 2}, True),
@@ -51,7 +52,10 @@ MODELS = {
     "GPTNeoX": ({}, True),
     "OPT": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, True),
     "GPT2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, True),
-    "Mistral": ({"sliding_window": 8}, False),
+    "Mistral": ({"sliding_window": 8, "num_key_value_heads": 2}, True),
+    "Gemma3Text": ({"head_dim": 8, "sliding_window": 8, "layer_types": MIXED}, True),
+    "Gemma2": ({"head_dim": 8, "sliding_window": 8, "layer_types": MIXED}, False),
+    "Llama4Text": ({"head_dim": 8, "attention_chunk_size": 8}, False),
     "Bloom": ({"n_layer": 2, "n_head": 4}, False),
     "Mamba": ({}, False),
 }
@@ -61,7 +65,9 @@ def model_of(name):
     special, _ = MODELS[name]
     torch.manual_seed(1)
     config = getattr(transformers, f"{name}Config")(**SMALL | special)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.layout = layout_of(model)
+    return model
 
 
 class Written:
@@ -124,9 +130,22 @@ def written_by(model, prompts, most=16, **how):
     how = {"most_texts": most, "most_tokens": 10**6} | how
     with torch.inference_mode():
         kept = how.pop("kept", None) or Prefixes(10**6)
-        batch = continuous.ContinuousBatch(model, kept, begin, str, **how)
+        batch = continuous.ContinuousBatch(model, model.layout, kept, begin, str, **how)
         batch.run(feed)
     return [feed.texts[place] for place in range(len(prompts))]
+
+
+def runs_of(monkeypatch):
+    """How many tokens of each text every run has, from now on."""
+    runs = []
+    real = slots.Decoder.run
+
+    def run(self, tokens):
+        runs.append([len(some) for some in tokens])
+        return real(self, tokens)
+
+    monkeypatch.setattr(slots.Decoder, "run", run)
+    return runs
 
 
 def alone(model, prompt):
@@ -144,7 +163,7 @@ def prompts_of(count, most=60):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_tried_out_before_texts_are_written_in_slots(name):
-    assert writes_like_alone(model_of(name)) == MODELS[name][1]
+    assert (model_of(name).layout is not None) == MODELS[name][1]
 
 
 @pytest.mark.parametrize("name", [name for name, (_, fits) in MODELS.items() if fits])
@@ -155,21 +174,41 @@ def test_texts_are_what_the_library_writes_for_each_alone(name):
     assert {text.facts["finish_reason"] for text in texts} <= {"stop", "length"}
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
+def test_any_parts_of_texts_run_together_as_each_alone(name):
+    """Each of up to eight gets on by some tokens or by one, in whatever slot it has come to."""
+    model, draw = model_of(name), random.Random(name)
+    decoder, texts = slots.Decoder(model, model.layout), []
+    with torch.inference_mode():
+        for _ in range(40):
+            while len(texts) < 3 or (len(texts) < 8 and draw.random() < 0.3):
+                decoder.add()
+                texts.append([])
+            parts = [
+                [draw.randrange(3, 300) for _ in range(draw.choice([1, 1, 1, 2, 9]))] for _ in texts
+            ]
+            scores = decoder.run(parts)
+            for text, part, own in zip(texts, parts, scores, strict=True):
+                text += part
+                assert (
+                    own - model(input_ids=torch.tensor([text])).logits[0, -1]
+                ).abs().max() < 1e-3
+            assert decoder.lengths == [len(text) for text in texts]
+            for slot in reversed(range(len(texts))):
+                if len(texts[slot]) > 80 or draw.random() < 0.1:
+                    decoder.drop(slot)
+                    texts[slot] = texts[-1]
+                    texts.pop()
+
+
 def test_what_nobody_waits_for_stops_at_the_next_token(monkeypatch):
     model, prompts = model_of("Llama"), prompts_of(4)
-    sizes = []
-    real = slots.Decoder.step
-
-    def step(self, tokens):
-        sizes.append(len(tokens))
-        return real(self, tokens)
-
-    monkeypatch.setattr(slots.Decoder, "step", step)
-    monkeypatch.setattr(Left, "after", lambda: len(sizes) >= 3)
+    runs = runs_of(monkeypatch)
+    monkeypatch.setattr(Left, "after", lambda: len(runs) >= 4)
     prompts[1] = Left(prompts[1])
     texts = written_by(model, prompts)
     assert isinstance(texts[1], DeadlineExceeded)
-    assert sizes[:4] == [4, 4, 4, 3]
+    assert runs[1:5] == [[1] * 4, [1] * 4, [1] * 4, [1] * 3]
     assert [text.output for text in texts[:1] + texts[2:]] == [
         alone(model, prompt) for prompt in prompts[:1] + prompts[2:]
     ]
@@ -179,25 +218,18 @@ def test_what_nobody_waits_for_stops_at_the_next_token(monkeypatch):
 def test_what_only_generate_does_is_left_to_it(setting):
     model = model_of("Llama")
     setattr(model.generation_config, setting, 2)
-    assert not writes_like_alone(model)
+    assert layout_of(model) is None
 
 
 def test_long_prompts_are_read_in_parts_and_others_are_written_meanwhile(monkeypatch):
-    monkeypatch.setattr(slots, "READ_TOKENS", 8)
     monkeypatch.setattr(continuous, "READ_TOKENS", 8)
     model = model_of("Llama")
     prompts = [[5, 6], *prompts_of(6, most=100)]
-    order = []
-    real = slots.Decoder.step
-
-    def step(self, tokens):
-        order.append(len(tokens))
-        return real(self, tokens)
-
-    monkeypatch.setattr(slots.Decoder, "step", step)
+    runs = runs_of(monkeypatch)
     texts = written_by(model, prompts)
     assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
-    assert order[0] == 1  # the first is written while the second is read
+    assert runs[:3] == [[2], [1, 8], [1, 8]]
+    assert max(map(max, runs)) == 8
 
 
 def test_texts_wait_for_memory_and_all_are_written():
@@ -217,16 +249,9 @@ def test_the_beginning_that_prompts_have_in_common_is_read_once(monkeypatch):
     begins = prompts_of(1, most=2)[0] + list(range(10, 10 + LEAST))
     prompts = [[*begins, *rest] for rest in prompts_of(8, most=10)]
     first = written_by(model, prompts[:1], kept=kept)
-    read = []
-    real = slots.Decoder.read
-
-    def reading(self, prompts, known=None):
-        read.append((len(prompts), known and known.length))
-        return real(self, prompts, known)
-
-    monkeypatch.setattr(slots.Decoder, "read", reading)
+    runs = runs_of(monkeypatch)
     others = written_by(model, prompts[1:], kept=kept)
-    assert read == [(7, len(begins))]
+    assert runs[0] == [len(prompt) - len(begins) for prompt in prompts[1:]]
     texts = [*first, *others]
     assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
     assert "cached_tokens" not in first[0].usage
@@ -564,7 +589,7 @@ def test_packed_weights_give_what_they_gave_and_are_counted():
     assert (model(ids).logits - before).abs().max() < 0.02 * before.abs().max()
     assert torch.equal(model.lm_head.weight, weight)
     assert count(SimpleNamespace(model=model)) == size
-    assert writes_like_alone(model)
+    assert layout_of(model) is not None
 
 
 def test_float32_weights_are_left_as_they_are():

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from backend.adapters.base import Entry, Feed, too_late
 from backend.adapters.completion import Completion, Pace
 from backend.adapters.decoding import Sampling, choose
-from backend.adapters.prefixes import Prefix, Prefixes
-from backend.adapters.slots import READ_TOKENS, Decoder
+from backend.adapters.prefixes import Prefixes
+from backend.adapters.slots import Decoder, Layout
 from backend.errors import CraneError
 
+# Of prompts that are read in one run, with the next token of each text: a fifth of a second for a
+# model of 1 billion weights on a CPU, nothing on a GPU.
+READ_TOKENS = 512
 LEAST_LOGPROB = -9999.0  # as OpenAI says it: JSON has no minus infinity
 
 
@@ -27,7 +30,7 @@ class Text:
     completion: Completion
     sampling: Sampling
     cut: bool  # whether the prompt is
-    known: Prefix | None = None
+    known: int = 0  # tokens of the prompt that were not read again
     next: int = 0  # the token that was chosen last, and is not run yet
 
     @property
@@ -38,13 +41,15 @@ class Text:
 class ContinuousBatch:
     """Writes texts with one model, all of them one token further at a time.
 
-    A prompt is read between two of those steps, and its text is one of them from the next on. What
-    differs between texts (their options, seeds, lengths) is a row's own.
+    A prompt is read in the same run as the others' next token, a long one in several, and from then
+    on its text is one of them. What differs between texts (their options, seeds, lengths) is a
+    row's own.
     """
 
     def __init__(
         self,
         model: Any,
+        layout: Layout,
         prefixes: Prefixes,
         begin: Callable[[Entry], Text | CraneError],
         show: Callable[[int], str],
@@ -56,14 +61,13 @@ class ContinuousBatch:
 
         ``most_tokens`` is how many the texts that are written at once may have together.
         """
-        self._decoder = Decoder(model, prefixes)
+        self._decoder = Decoder(model, layout)
         self._prefixes = prefixes
         self._begin = begin
         self._show = show
         self._most_texts = most_texts
         self._most_tokens = most_tokens
         self._waiting: deque[Text] = deque()
-        self._reading: tuple[list[Text], Iterator[Any]] | None = None
         self._texts: list[Text] = []  # in the order of their slots
         self._pace = Pace()
 
@@ -72,17 +76,15 @@ class ContinuousBatch:
         while True:
             self._let_go(feed)
             self._take(feed)
-            self._read(feed)
-            if self._texts:
-                self._write(feed)
-            elif not self._waiting and self._reading is None:
+            self._admit()
+            if not self._texts:
                 return
+            self._run(feed)
 
     def _take(self, feed: Feed) -> None:
         if self._waiting:  # for room: who comes after waits too
             return
-        reading = len(self._reading[0]) if self._reading else 0
-        for entry in feed.take(self._most_texts - len(self._texts) - reading):
+        for entry in feed.take(self._most_texts - len(self._texts)):
             text = self._begin(entry)
             if isinstance(text, Text):
                 self._waiting.append(text)
@@ -98,54 +100,56 @@ class ContinuousBatch:
             if self._texts[slot].entry.cancelled():
                 feed.answer(self._drop(slot).entry, too_late())
 
-    def _read(self, feed: Feed) -> None:
-        """Read on, or begin with those that have waited longest and go together."""
-        if self._reading is None:
-            group = self._next_to_read()
-            if not group:
-                return
-            prompts = [text.prompt for text in group]
-            self._reading = group, self._decoder.read(prompts, group[0].known)
-        group, reading = self._reading
-        scores = next(reading)
-        if scores is None:
+    def _admit(self) -> None:
+        """Have those that have waited longest be read, when no other is, and all at once."""
+        if any(self._reads(slot) for slot in range(len(self._texts))):
             return
-        self._reading = None
-        self._texts += group
-        self._put(feed, scores, len(self._texts) - len(group))
-
-    def _next_to_read(self) -> list[Text]:
-        group: list[Text] = []
         tokens = 0
         longest = max((text.most_tokens for text in self._texts), default=0)
         while self._waiting:
             text = self._waiting[0]
-            count = len(self._texts) + len(group) + 1
-            if count > 1 and count * max(longest, text.most_tokens) > self._most_tokens:
-                break
-            text.known = self._prefixes.find(text.prompt[:-1])
-            tokens += len(text.prompt) - (text.known.length if text.known else 0)
-            if group and (tokens > READ_TOKENS or not _same(text.known, group[0].known)):
-                break
-            group.append(self._waiting.popleft())
             longest = max(longest, text.most_tokens)
-        return group
+            if self._texts and (len(self._texts) + 1) * longest > self._most_tokens:
+                return
+            known = self._prefixes.find(text.prompt[:-1])
+            text.known = known.length if known is not None else 0
+            first = not tokens
+            tokens += len(text.prompt) - text.known
+            if tokens > READ_TOKENS and not first:
+                return
+            self._decoder.add(known)
+            self._texts.append(self._waiting.popleft())
 
-    def _write(self, feed: Feed) -> None:
-        """Write each text's next token."""
-        self._put(feed, self._decoder.step([text.next for text in self._texts]), 0)
+    def _reads(self, slot: int) -> bool:
+        return self._decoder.lengths[slot] < len(self._texts[slot].prompt)
+
+    def _run(self, feed: Feed) -> None:
+        """Read on, and write the next token of each text that was read."""
+        before = list(self._decoder.lengths)
+        scores = self._decoder.run(
+            [
+                text.prompt[length : length + READ_TOKENS] or [text.next]
+                for text, length in zip(self._texts, before, strict=True)
+            ]
+        )
+        read = [slot for slot in range(len(self._texts)) if not self._reads(slot)]
+        for slot in read:
+            if before[slot] < len(self._texts[slot].prompt):
+                self._prefixes.keep(self._texts[slot].prompt, self._decoder.layers(slot))
+        if len(read) < len(self._texts):
+            scores = scores[read]
+        self._put(feed, scores, read)
         if self._pace.due(len(self._texts)):
             for text in self._texts:
                 text.completion.speak()
 
-    def _put(self, feed: Feed, scores: Any, first: int) -> None:
-        """Choose the next token of each text from slot ``first`` on."""
-        texts = self._texts[first:]
+    def _put(self, feed: Feed, scores: Any, slots: Iterable[int]) -> None:
+        """Choose the next token of the text in each slot."""
+        texts = [self._texts[slot] for slot in slots]
         written = [len(text.completion.ids) for text in texts]
         tokens = choose(scores, [text.sampling for text in texts], written)
-        for slot in reversed(range(first, len(self._texts))):
-            text = self._texts[slot]
-            text.next = tokens[slot - first]
+        for slot, text, token in reversed(list(zip(slots, texts, tokens, strict=True))):
+            text.next = token
             text.completion.take(text.next)
             if text.sampling.done:
                 text.completion.finish_reason = "stop"
@@ -156,8 +160,8 @@ class ContinuousBatch:
                     prediction.facts["truncated"] = True
                 if text.sampling.top_logprobs is not None:
                     prediction.facts["logprobs"] = self._shown(text.sampling.logprobs)
-                if text.known is not None:
-                    prediction.usage = {**prediction.usage, "cached_tokens": text.known.length}
+                if text.known:
+                    prediction.usage = {**prediction.usage, "cached_tokens": text.known}
                 feed.answer(text.entry, prediction)
 
     def _shown(self, logprobs: list[list[tuple[int, float]]]) -> list[dict[str, Any]]:
@@ -181,9 +185,3 @@ class ContinuousBatch:
         if last is not text:
             self._texts[slot] = last
         return text
-
-
-def _same(one: Prefix | None, other: Prefix | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.length == other.length and one.source is other.source

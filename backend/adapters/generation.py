@@ -15,7 +15,7 @@ from backend.adapters.decoding import Ending, Sampling, sampling
 from backend.adapters.grammar import Grammars
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import Prefixes
-from backend.adapters.slots import writes_like_alone
+from backend.adapters.slot_trial import layout_of
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest
 from backend.replies import Reply
@@ -235,7 +235,7 @@ class CausalGenerator(Generator):
         super().load()
         pack_linears(self.model)
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
-        self._goes_on = writes_like_alone(self.model)
+        self._layout = layout_of(self.model)
         self._grammars = Grammars(self.tokenizer, self.ends)
         self._prefixes = Prefixes(int(footprint.free(self.device) * PREFIXES_OF_FREE))
         if self.window is not None:
@@ -250,14 +250,16 @@ class CausalGenerator(Generator):
         return most if self.window is None else min(most, self.window - len(prompt))
 
     def joins(self, options: Mapping[str, Any]) -> bool:
-        return self._goes_on and options["num_beams"] == 1
+        return self._layout is not None and options["num_beams"] == 1
 
     def roll(self, feed: Feed, most: int) -> None:
         import torch
 
+        assert self._layout is not None  # or nothing joins
         with torch.inference_mode():
             ContinuousBatch(
                 self.model,
+                self._layout,
                 self._prefixes,
                 self._begin,
                 self.tokenizer.decode,

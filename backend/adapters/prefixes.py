@@ -22,7 +22,6 @@ class Prefix:
 
     length: int
     layers: list[tuple[torch.Tensor, torch.Tensor]]
-    source: Prefix | None = None  # the prompt that it is the beginning of
 
 
 class Prefixes:
@@ -43,7 +42,7 @@ class Prefixes:
         self._kept.append(found)
         whole = found[1]
         layers = [(keys[:, :, :longest], values[:, :, :longest]) for keys, values in whole.layers]
-        return Prefix(longest, layers, whole)
+        return Prefix(longest, layers)
 
     def keep(self, prompt: list[int], layers: list[tuple[torch.Tensor, ...]]) -> None:
         """Keep a copy of a prompt's keys and values in each layer."""
