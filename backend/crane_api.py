@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, g
 
+from backend.answers import answered, streamed
 from backend.bodies import bare, request_body, wanted_format, wants_stream
 from backend.engine.status import nowhere
 from backend.errors import ModelUnavailable
 from backend.http import crane
-from backend.models import run_model
 from backend.quota_api import Find
 from backend.registry import ModelSpec
 from backend.schemas import RunRequest
 from backend.schemas import load as load_body
-from backend.streams import streamed
 from backend.tasks import TASKS
 
 bp = Blueprint("crane", __name__, url_prefix="/crane")
@@ -32,34 +31,16 @@ def read(find: Find) -> dict[str, Any]:
 
 @bp.post("/run")
 def run() -> Response | dict[str, Any]:
-    known: Any = g._get_current_object()
-    body, spec = known.body, known.spec  # which the hook has read, and found
+    body, spec = g.body, g.spec  # which the hook has read, and found
     if wants_stream(body):
         return streamed()
     format_ = wanted_format(spec, body["options"])
     if format_ is not None and type(body["options"]) is dict:
         body["options"] = {**body["options"], "format": format_}
-    output, metadata = run_read(known, one_output=format_ is not None)
+    output, metadata = answered(one_output=format_ is not None)
     if format_ is not None:
         return bare(output, metadata)
     return {"output": output, "metadata": metadata}
-
-
-def run_read(known: Any, *, one_output: bool = False) -> tuple[Any, dict[str, Any]]:
-    """Run what the hook has read, and leave with ``known`` what is settled and logged of it."""
-    body = known.body
-    output, metadata = run_model(
-        crane(),
-        body["model_id"],
-        body["input"],
-        body["options"],
-        request_id=known.request_id,
-        one_output=one_output,
-        caller_socket=request.environ.get("gunicorn.socket"),  # other servers keep it
-    )
-    known.usage = metadata["usage"]
-    known.log |= {"timings_ms": metadata["timings_ms"], "batch_size": metadata["batch_size"]}
-    return output, metadata
 
 
 @bp.get("/models")

@@ -209,6 +209,10 @@ def of_http(error: HTTPException, config: Config) -> CraneError:
 
 
 def unexpected(error: Exception) -> Response:
+    return render(internal_error(error, g.request_id))
+
+
+def internal_error(error: Exception, request_id: str) -> InternalError:
     """A fault of ours: all of it for the log, nothing of it for the caller."""
-    logger.error("request failed", exc_info=error, extra={"fields": {"request_id": g.request_id}})
-    return render(InternalError())
+    logger.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+    return InternalError()

@@ -9,8 +9,8 @@ from typing import Any
 from flask import Blueprint, Response, g, request
 from marshmallow import EXCLUDE
 
+from backend.answers import answered, streamed
 from backend.bodies import bare, form_lists, json_body
-from backend.crane_api import run_read
 from backend.errors import CraneError
 from backend.http import crane
 from backend.media.parts import Media
@@ -20,7 +20,6 @@ from backend.openai.streaming import write_error
 from backend.quota_api import Find, Reader
 from backend.registry import ModelSpec
 from backend.schemas import load
-from backend.streams import streamed
 
 bp = Blueprint("openai", __name__, url_prefix="/v1")
 
@@ -41,21 +40,19 @@ def read(find: Find) -> dict[str, Any]:
 
 
 def run() -> Response | dict[str, Any]:
-    known: Any = g._get_current_object()
-    asked: Order = known.order
+    asked: Order = g.order
     try:
         if asked.streams and asked.route.chunks:
             return streamed(partial(asked.route.chunks, asked), partial(write_error, asked))
-        output, metadata = run_read(known)
+        output, metadata = answered()
     except CraneError as error:
         raise asked.renamed(error) from error
-    answer = asked.route.answer(asked, output, metadata)
+    answer: Media | Page | dict[str, Any] = asked.route.answer(asked, output, metadata)
     if isinstance(answer, Media):
         return bare(answer, metadata)
     if isinstance(answer, Page):
         return Response(answer.text, mimetype=answer.mime_type)
-    answered: dict[str, Any] = answer
-    return answered
+    return answer
 
 
 READERS: dict[str, Reader] = {f"{bp.name}.{route.name}": read for route in ROUTES.values()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Flask, Request, Response, g, request
 
-from backend.errors import ClientClosedRequest, CraneError
+from backend.errors import ClientClosedRequest
 from backend.http import add_headers, crane
 from backend.meter import Lease, Meter, quota_headers, units
 from backend.quota.decisions import Decision
@@ -84,11 +84,7 @@ def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:
 
 
 def settle(response: Response) -> Response:
-    """Have an answer cost what it used, and a call that failed nothing; say what is left.
-
-    A call whose caller has left costs what was held for it, whether or not a model had begun: that
-    only the engine knows, and to leave must not be a way to use it for nothing.
-    """
+    """Have an answer cost what it does, and say what is left."""
     known: Any = g._get_current_object()
     lease: Lease | None = known.get("lease")
     if lease is None:
@@ -98,11 +94,7 @@ def settle(response: Response) -> Response:
         add_headers(quota_headers(lease.call.tier, lease.standing))
         return response  # ``settle_stream`` will, at its end
     known.lease = None
-    cost = 0
-    if response.status_code == ClientClosedRequest.status:
-        cost = lease.call.cost
-    elif response.status_code < 400:
-        cost = known.spec.cost.settle(known.usage)
+    cost = _cost(known, lease, response.status_code)
     meter = crane().meter
     if cost == lease.call.cost and lease.has_room:
         # The answer need not wait for it: the caller cannot miss that place until its next call.
@@ -114,17 +106,23 @@ def settle(response: Response) -> Response:
     return response
 
 
-def settle_stream(meter: Meter, known: Any, failed: CraneError | None) -> None:
-    """Settle what an answer cost that was streamed, as ``settle`` does for the others."""
+def settle_stream(meter: Meter, known: Any, status: int) -> None:
+    """Have an answer that was streamed cost what it does; at its end it would have ``status``."""
     lease: Lease | None = known.get("lease")
-    if lease is None:
-        return
-    cost = 0
-    if isinstance(failed, ClientClosedRequest):
-        cost = lease.call.cost
-    elif failed is None:
-        cost = known.spec.cost.settle(known.usage)
-    meter.settle(lease, cost)
+    if lease is not None:
+        meter.settle(lease, _cost(known, lease, status))
+
+
+def _cost(known: Any, lease: Lease, status: int) -> int:
+    """An answer costs what it used, and a call that failed nothing.
+
+    A call whose caller has left costs what was held for it, whether or not a model had begun: that
+    only the engine knows, and to leave must not be a way to use it for nothing.
+    """
+    if status == ClientClosedRequest.status:
+        return lease.call.cost
+    cost: int = known.spec.cost.settle(known.usage) if status < 400 else 0
+    return cost
 
 
 @bp.get("/quota")

@@ -46,7 +46,7 @@ LAYERS = [
     ["backend.models"],
     ["backend.openai.*"],
     ["backend.bodies", "backend.http", "backend.quota_api", "backend.ops_api"],
-    ["backend.streams"],
+    ["backend.answers"],
     ["backend.crane_api"],
     ["backend.cli", "backend.openai_api"],
     ["backend"],
@@ -123,7 +123,7 @@ def test_a_module_imports_nothing_above_it(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_flask_is_known_only_where_http_is_spoken(module):
     known = {name for name, _ in imports(module) if name.split(".")[0] in WEB_LIBRARIES}
-    names = ("backend", "backend.bodies", "backend.http", "backend.streams", "backend.cli")
+    names = ("backend", "backend.bodies", "backend.http", "backend.answers", "backend.cli")
     speaks_http = module in names
     assert not known or speaks_http or module.endswith("_api")
 

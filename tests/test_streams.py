@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backend import streams
+from backend import answers
 from backend.adapters import previews
 from backend.adapters.echo import Echo
 from backend.engine import client as engine_client
@@ -444,7 +444,7 @@ def send(caller, response):
 
 def test_a_caller_that_reads_nothing_is_given_up(make_app, monkeypatch):
     """As gunicorn does it: with the caller's own socket, which it writes to."""
-    monkeypatch.setattr(streams, "SEND_TIMEOUT_S", 0.25)
+    monkeypatch.setattr(answers, "SEND_TIMEOUT_S", 0.25)
     here, there = socket.socketpair()
     with here, there:
         app = make_app()

@@ -55,7 +55,6 @@ class Server:
         # So that no connection is closed by one thread while another writes to it.
         self._sending = threading.Lock()
         self._woken, self._wake = socket.socketpair()
-        self._wake.setblocking(False)
         self._woken_up = False
         self._jobs: dict[Channel, Job | None] = {}
         self._stopping = self._broken = False
@@ -95,8 +94,7 @@ class Server:
         if self._woken_up:  # and that was not read yet: whatever is there by then will be seen
             return
         self._woken_up = True
-        with suppress(BlockingIOError):
-            self._wake.send(b"\0")
+        self._wake.send(b"\0")
 
     def _accept(self) -> None:
         caller, _ = self._listener.accept()

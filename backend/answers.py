@@ -1,8 +1,7 @@
-"""Answers that are streamed as server-sent events: what every one of them has in common."""
+"""Runs of what the hook has read, of any route: answered at once, or streamed as events."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
 from socket import socket
@@ -11,18 +10,41 @@ from typing import Any
 from flask import Response, g, request
 
 from backend.engine.calls import Event
-from backend.errors import ClientClosedRequest, CraneError, InternalError
-from backend.http import add_headers, crane, error_body, to_json
-from backend.models import stream_model
+from backend.errors import ClientClosedRequest, CraneError
+from backend.http import add_headers, crane, error_body, internal_error, to_json
+from backend.models import run_model, stream_model
 from backend.quota_api import settle_stream
 from backend.sse import EVENT_STREAM, IDLE, event
-
-logger = logging.getLogger("crane.http")
 
 # For one event to be taken by a caller that reads nothing: its thread is free then.
 SEND_TIMEOUT_S = 30.0
 
 Writer = Callable[[Iterator[Event | None], str], Iterator[str]]
+
+
+def answered(*, one_output: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The output and the receipt; ``one_output`` refuses what would have several."""
+    known: Any = g._get_current_object()
+    output, metadata = run_model(crane(), **_asked(known), one_output=one_output)
+    _note(known, metadata)
+    return output, metadata
+
+
+def _asked(known: Any) -> dict[str, Any]:
+    body = known.body
+    return {
+        "model_id": body["model_id"],
+        "input_": body["input"],
+        "options": body["options"],
+        "request_id": known.request_id,
+        "caller_socket": request.environ.get("gunicorn.socket"),  # other servers keep it
+    }
+
+
+def _note(known: Any, metadata: dict[str, Any]) -> None:
+    """Keep what is settled and logged of a call."""
+    known.usage = metadata["usage"]
+    known.log |= {name: metadata[name] for name in ("timings_ms", "batch_size")}
 
 
 def write_events(events: Iterator[Event | None], request_id: str) -> Iterator[str]:
@@ -38,30 +60,21 @@ def write_error(error: CraneError, request_id: str) -> str:
 def streamed(
     write: Writer = write_events, write_error: Callable[[CraneError, str], str] = write_error
 ) -> Response:
-    """Stream what is told of the call that the hook has read, as ``write`` writes it.
+    """Stream what is told, as ``write`` writes it.
 
     An error that comes before anything else, within ``IDLE_S``, is raised, and so an answer like
     any other; after that it is the stream's last event.
     """
     known: Any = g._get_current_object()
     parts = crane()
-    caller: socket | None = request.environ.get("gunicorn.socket")
-    body = known.body
-    events = stream_model(
-        parts,
-        body["model_id"],
-        body["input"],
-        body["options"],
-        request_id=known.request_id,
-        caller_socket=caller,
-    )
+    asked = _asked(known)
+    caller: socket | None = asked["caller_socket"]
+    events = stream_model(parts, **asked)
 
     def seen() -> Iterator[Event | None]:
         for told in chain([first], events):
             if told is not None and told.kind == "done":
-                metadata = told.data["metadata"]
-                known.usage = metadata["usage"]
-                known.log |= {name: metadata[name] for name in ("timings_ms", "batch_size")}
+                _note(known, told.data["metadata"])
             yield told
 
     def lines() -> Iterator[str]:
@@ -77,15 +90,13 @@ def streamed(
             failed = error
             yield write_error(error, known.request_id)
         except Exception as error:
-            failed = InternalError()
-            fields = {"request_id": known.request_id}
-            logger.error("request failed", exc_info=error, extra={"fields": fields})
+            failed = internal_error(error, known.request_id)
             yield write_error(failed, known.request_id)
         finally:
             events.close()
             if failed is not None:
                 known.log["error"] = failed.code
-            settle_stream(parts.meter, known, failed)
+            settle_stream(parts.meter, known, 200 if failed is None else failed.status)
             if caller is not None:
                 caller.settimeout(None)
 
