@@ -146,7 +146,7 @@ class ContinuousBatch:
     def _put(self, feed: Feed, scores: Any, slots: Iterable[int]) -> None:
         """Choose the next token of the text in each slot."""
         texts = [self._texts[slot] for slot in slots]
-        written = [len(text.completion.ids) for text in texts]
+        written = [text.completion.ids for text in texts]
         tokens = choose(scores, [text.sampling for text in texts], written)
         for slot, text, token in reversed(list(zip(slots, texts, tokens, strict=True))):
             text.next = token

@@ -85,11 +85,10 @@ class Sampling:
 
         penalty = options["repetition_penalty"]
         self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
-        self._ids = list(prompt)
+        self._prompt = prompt
         self._constraint = constraint
         self._min_tokens = options["min_tokens"]
         self._presence, self._frequency = options["presence_penalty"], options["frequency_penalty"]
-        self._written: Counter[int] = Counter()
         self.top_logprobs: int | None = options["top_logprobs"]
         # Of each token that was written: it and its log probability, and the likeliest ones'.
         self.logprobs: list[list[tuple[int, float]]] = []
@@ -100,35 +99,31 @@ class Sampling:
             self.warpers = warpers(options)
             self.generator = _generator(seed, device)
 
-    def is_plain(self, written: int) -> bool:
+    def is_plain(self, written: list[int]) -> bool:
         """Whether the highest score is the next token."""
         beyond = self.warmth or self._penalty or self._constraint
         counted = self._presence or self._frequency or self.top_logprobs is not None
-        return not (beyond or counted or written < self._min_tokens)
+        return not (beyond or counted or len(written) < self._min_tokens)
 
-    def weigh(self, scores: torch.Tensor, written: int) -> None:
+    def weigh(self, scores: torch.Tensor, written: list[int]) -> None:
         """Change a row's scores, [vocabulary], as the options want it before anything is drawn."""
         import torch
 
         if self._penalty is not None:
-            ids = torch.tensor([self._ids], device=scores.device)
+            ids = torch.tensor([self._prompt + written], device=scores.device)
             scores.copy_(self._penalty(ids, scores[None])[0])
-        if self._written and (self._presence or self._frequency):
-            counts = torch.tensor(list(self._written.values()), device=scores.device)
-            scores[list(self._written)] -= self._presence + self._frequency * counts
-        if written < self._min_tokens:
+        if written and (self._presence or self._frequency):
+            times = Counter(written)
+            counts = torch.tensor(list(times.values()), device=scores.device)
+            scores[list(times)] -= self._presence + self._frequency * counts
+        if len(written) < self._min_tokens:
             scores[self._ends] = -torch.inf
         if self._constraint is not None:
             self._constraint.mask(scores)
 
     def take(self, token: int) -> int:
         """The token that is written where this one was chosen: nearly always the same."""
-        if self._constraint is not None:
-            token = self._constraint.take(token)
-        if self._penalty is not None:
-            self._ids.append(token)
-        self._written[token] += 1
-        return token
+        return token if self._constraint is None else self._constraint.take(token)
 
     def tell(self, token: int, logs: torch.Tensor) -> None:
         """Note what a token's log probability was, and the likeliest ones'; ``logs`` has all."""
@@ -151,16 +146,16 @@ def _highest(scores: torch.Tensor) -> list[int]:
     return highest
 
 
-def choose(scores: torch.Tensor, rows: list[Sampling], written: list[int]) -> list[int]:
-    """The next token of each row; ``written[i]`` is how many row i has by now."""
-    if all(row.is_plain(count) for row, count in zip(rows, written, strict=True)):
+def choose(scores: torch.Tensor, rows: list[Sampling], written: list[list[int]]) -> list[int]:
+    """The next token of each row; ``written[i]`` are those that row i has by now."""
+    if all(row.is_plain(ids) for row, ids in zip(rows, written, strict=True)):
         return _highest(scores)
     scores = scores.float()
     telling = [place for place, row in enumerate(rows) if row.top_logprobs is not None]
     # As the model has them, whatever is to come of them.
     logs = scores[telling].log_softmax(-1)
-    for place, (row, count) in enumerate(zip(rows, written, strict=True)):
-        row.weigh(scores[place], count)
+    for own, row, ids in zip(scores, rows, written, strict=True):
+        row.weigh(own, ids)
     warm: dict[tuple[float, ...], list[int]] = {}
     for place, row in enumerate(rows):
         if row.warmth:

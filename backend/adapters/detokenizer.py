@@ -95,10 +95,8 @@ def _decoder(tokenizer: Any, kept: Collection[int] = ()) -> Decode:
     """A function from the next token to the text that is sure by then; None asks for the rest."""
     if not kept:
         return _decoder_of(tokenizer, True)
-    decode, left_out = (
-        _decoder_of(tokenizer, False),
-        special_tokens_of(tokenizer).keys() - set(kept),
-    )
+    decode = _decoder_of(tokenizer, False)
+    left_out = special_tokens_of(tokenizer).keys() - set(kept)
     return lambda token: "" if token in left_out else decode(token)
 
 
@@ -119,23 +117,20 @@ def _decoder_of(tokenizer: Any, skips: bool) -> Decode:
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=skips)
-    unsure: list[int] = []  # since the last token after which there was a whole character
+    whole = True  # whether no character is begun
     ids: list[int] = []
     sent = 0
 
     def decode(token: int | None) -> str:
-        nonlocal sent
+        nonlocal whole, sent
         if token is None:
             # A text may end within a character; the library shows what there is of it.
-            return str(tokenizer.decode(ids, skip_special_tokens=skips))[sent:] if unsure else ""
+            return "" if whole else str(tokenizer.decode(ids, skip_special_tokens=skips))[sent:]
         ids.append(token)
         text: str | None = stream.step(backend, token)
-        if text is None:
-            unsure.append(token)
-            return ""
-        unsure.clear()
-        sent += len(text)
-        return text
+        whole = text is not None
+        sent += len(text or "")
+        return text or ""
 
     return decode
 

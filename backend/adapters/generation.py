@@ -138,16 +138,13 @@ class Generator(TransformersAdapter):
         beams = options["num_beams"] > 1
         replies = replies or [None] * len(places)
         completions = [
-            Completion(
-                self.tokenizer,
+            self.completion(
+                options,
                 prompt_tokens=prompt,
                 room=most,
-                ends=self.ends,
-                stop=options["stop"],
                 # Which of several beams the text will be is not known before its end.
                 tell=None if beams or not batch.listens(place) else partial(batch.tell, place),
                 reply=reply,
-                kept=self.kept_tokens,
             )
             for place, prompt, most, reply in zip(places, prompts, room, replies, strict=True)
         ]
@@ -173,6 +170,12 @@ class Generator(TransformersAdapter):
             for completion, row in zip(completions, output.tolist(), strict=True):
                 self._take_beam(completion, row[start:])
         return [completion.prediction() for completion in completions]
+
+    def completion(self, options: Mapping[str, Any], **about: Any) -> Completion:
+        """A text that is to be written; the arguments are those of ``Completion``."""
+        return Completion(
+            self.tokenizer, ends=self.ends, stop=options["stop"], kept=self.kept_tokens, **about
+        )
 
     @property
     def ends(self) -> set[int]:
@@ -284,16 +287,13 @@ class CausalGenerator(Generator):
             prompt=prompt,
             room=room,
             cut=cut,
-            completion=Completion(
-                self.tokenizer,
+            completion=self.completion(
+                options,
                 prompt_tokens=len(prompt),
                 room=room,
-                ends=self.ends,
-                stop=options["stop"],
                 tell=entry.tell if entry.listens else None,
                 # What is kept to a format is all of it content.
                 reply=None if wanted else self.reply(entry.input, prompt),
-                kept=self.kept_tokens,
             ),
             sampling=Sampling(
                 options,

@@ -435,7 +435,7 @@ class Worker:
             adapter = self._adapter_of(self._queue[0])
             most = min(adapter.spec.max_batch_size, self._runner.most_at_once)
             if adapter.joins(self._queue[0].options):
-                batch = self._take_head(adapter, most)
+                batch = self._take_head(adapter, most) or [self._queue.popleft()]
             else:
                 batch = self._take_equals(most)
             self._running, self._runner.progress = batch, {}
@@ -464,12 +464,10 @@ class Worker:
         batch: list[Item] = []
         while self._queue and len(batch) < most:
             item = self._queue[0]
-            joins = self._adapter_of(item) is adapter and adapter.joins(item.options)
-            if not joins or (item.alone and batch):
+            same = self._adapter_of(item) is adapter and not item.alone
+            if not same or not adapter.joins(item.options):
                 break
             batch.append(self._queue.popleft())
-            if item.alone:
-                break
         return batch
 
     def _roll(self, adapter: Adapter, batch: list[Item], about: dict[str, Any]) -> None:
@@ -480,8 +478,6 @@ class Worker:
             with self._changed:
                 self._drop_cancelled()
                 if batch[0].alone or self._leaving is Leaving.NOW:
-                    return []
-                if self._queue and self._queue[0].alone:
                     return []
                 items = self._take_head(adapter, most)
                 self._running = [*self._running, *items]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from backend.engine.calls import Event
@@ -46,14 +47,13 @@ def logprobs(told: Mapping[str, Any]) -> dict[str, Any] | None:
     if told["logprobs"] is None:
         return None
     tokens = [one["token"] for one in told["logprobs"]]
-    starts = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
     return {
         "tokens": tokens,
         "token_logprobs": [one["logprob"] for one in told["logprobs"]],
         "top_logprobs": [
             {top["token"]: top["logprob"] for top in one["top"]} for one in told["logprobs"]
         ],
-        "text_offset": starts,
+        "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
     }
 
 
