@@ -11,10 +11,11 @@ import re
 import selectors
 import socket
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from bench.jobs import request, run
 
 _TEXT = re.compile(rb'"content":\s*"[^"]')  # in a chunk that has some
 
@@ -36,28 +37,13 @@ class Result:
             shown += f"   first {self.first_ms:6.0f} ms   each {self.each_ms:6.1f} ms"
         return shown
 
-    @classmethod
-    def median(cls, results: list[Result]) -> Result:
-        rows = [list(asdict(result).values()) for result in results]
-        return cls(*(statistics.median(values) for values in zip(*rows, strict=True)))
-
 
 def measure(
     port: int, model: str, chats: list[tuple[str, int]], *, callers: int, stream: bool
 ) -> Result:
     """Have the callers take chats, each a prompt and its number of tokens, until none is left."""
     job = {"port": port, "model": model, "chats": chats, "callers": callers, "stream": stream}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.chats"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return Result(**json.loads(done.stdout))
+    return Result(**run("bench.chats", job, timeout_s=600))
 
 
 class _Caller:
@@ -76,13 +62,10 @@ class _Caller:
             "temperature": 0,
             "stream": self._job["stream"],
         }
-        data = json.dumps(body).encode()
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         self._data, self._tokens = b"", tokens
         self._first_at = 0.0
         self._asked_at = time.perf_counter()
-        self.socket.sendall(head.encode() + data)
+        self.socket.sendall(request("/v1/chat/completions", body, {}).encode())
 
     def hear(self) -> bool:
         """Read what is there; true once the answer is whole."""

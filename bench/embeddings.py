@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from bench.jobs import median
 from bench.load import Result, measure
 from bench.servers import ROOT, Server, crane
 
@@ -123,7 +124,7 @@ def compare(dtype: str, rounds: int, seconds: float) -> None:
                     )
                     runs.setdefault((name, clients), []).append(result)
                 server.suspend()
-    medians = {key: Result.median(results) for key, results in runs.items()}
+    medians = {key: median(results) for key, results in runs.items()}
     texts, presorted = (statistics.median(rates) for rates in zip(*alone, strict=True))
     for clients in CLIENTS:
         print(f"  {clients} clients")

@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from bench.chats import Result, measure
+from bench.jobs import median
 from bench.servers import ROOT, crane
 
 CALLERS = (1, 4, 16, 64)
@@ -182,7 +183,7 @@ def main() -> None:
                                 continue
                             for stream in (True, False) if name == "Crane" else (True,):
                                 key = lengths, callers, name if stream else "Crane, no stream"
-                                found[key] = Result.median(
+                                found[key] = median(
                                     [
                                         measure(
                                             port,

@@ -10,10 +10,11 @@ import json
 import selectors
 import socket
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from bench.jobs import request, run
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,6 @@ class Result:
 
     def __str__(self) -> str:
         return f"{self.rate:7.0f} req/s   p50 {self.p50_ms:7.2f} ms   p99 {self.p99_ms:7.2f} ms"
-
-    @classmethod
-    def median(cls, results: list[Result]) -> Result:
-        """The median of each figure over several runs."""
-        return cls(*(statistics.median(values) for values in zip(*map(_row, results), strict=True)))
-
-
-def _row(result: Result) -> list[float]:
-    return list(asdict(result).values())
 
 
 def measure(
@@ -50,29 +42,12 @@ def measure(
     """Load ``path`` with ``clients`` at once; raises when an answer is not a 200."""
     job = {
         "port": port,
-        "requests": [_request(path, body, headers or {}) for body in bodies],
+        "requests": [request(path, body, headers or {}) for body in bodies],
         "clients": clients,
         "seconds": seconds,
         "warm_s": warm_s,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.load"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=seconds + warm_s + 60,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return Result(**json.loads(done.stdout))
-
-
-def _request(path: str, body: dict, headers: dict[str, str]) -> str:
-    data = json.dumps(body)
-    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return f"{head}{more}Content-Length: {len(data.encode())}\r\n\r\n{data}"
+    return Result(**run("bench.load", job, timeout_s=seconds + warm_s + 60))
 
 
 class _Client:

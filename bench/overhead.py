@@ -10,6 +10,7 @@ import http.client
 import statistics
 import time
 
+from bench.jobs import median
 from bench.load import Result, measure
 from bench.servers import Server, crane
 
@@ -40,7 +41,7 @@ def main() -> None:
                     for server in (hop, alone)
                 )
                 pairs.append((over, by_itself))
-            over, by_itself = (Result.median(list(side)) for side in zip(*pairs, strict=True))
+            over, by_itself = (median(list(side)) for side in zip(*pairs, strict=True))
             added = statistics.median(a.p50_ms - b.p50_ms for a, b in pairs)
             print(f"echo, {clients} clients, median of {ROUNDS} rounds of 2 s each:")
             print(f"  with the hop {over}\n  by itself    {by_itself}")

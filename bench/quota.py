@@ -21,6 +21,7 @@ from backend.quota.decisions import Call, Store
 from backend.quota.redis import RedisStore
 from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import UNIT, tiers
+from bench.jobs import median
 from bench.load import Result, measure
 from bench.servers import ROOT, Server, crane
 from tests.valkey import Valkey
@@ -100,7 +101,7 @@ def main() -> None:
         )
         print(f"/crane/run, echo, 1 client, median of {options.rounds} rounds:")
         for place, name in enumerate(sides):
-            result = Result.median([row[place] for row in rounds])
+            result = median([row[place] for row in rounds])
             added = statistics.median(row[place].p50_ms - row[0].p50_ms for row in rounds)
             print(f"  {name:9}{result}   adds {added:.3f} ms p50")
 
@@ -118,7 +119,7 @@ def main() -> None:
                 crane(CRANE_WORKERS=2, CRANE_LOG_FORMAT="json", **settings)
             )
             results = [load(server, 32, options.seconds, key) for _ in range(options.rounds)]
-            print(f"two HTTP workers, 32 clients, a key, {name}: {Result.median(results)}")
+            print(f"two HTTP workers, 32 clients, a key, {name}: {median(results)}")
 
 
 if __name__ == "__main__":
