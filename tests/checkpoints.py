@@ -45,14 +45,15 @@ _TALK = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}<s>assistant\n"
 )
-THINKER_TEMPLATE = (
-    _SHOW + _TALK + "{% if enable_thinking is false %}<think>\n\n</think>\n\n|no thoughts|"
+THINKER_ENDS = (
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n|no thoughts|"
     "{% elif messages[-1].content == 'go on' %}<think>"
     "{% elif messages[-1].role == 'tool' %}|told|"
     "{% elif tools %}|tools|"
     "{% else %}|plain|{% endif %}"
     "{# <tool_call> #}"
 )
+THINKER_TEMPLATE = _SHOW + _TALK + THINKER_ENDS
 # What each prompt's end is followed by. As a token is followed by one other alone, none is twice.
 THINKER_SAYS = [
     ["|plain|", "<think>", "\nhm", " so", " STOP", "\n</think>", "\n\nYes", ", it", " is",
@@ -84,18 +85,18 @@ def llama(folder: Path) -> None:
 
 def thinker(folder: Path) -> None:
     """Says what it says with marks that are text, as Qwen's models do."""
-    _speaker(folder, THINKER_TEMPLATE, THINKER_SAYS)
+    speaker(folder, THINKER_TEMPLATE, THINKER_SAYS)
 
 
 def special_thinker(folder: Path) -> None:
     """With marks that are special tokens, as Mistral's models do."""
-    _speaker(folder, SPECIAL_TEMPLATE, SPECIAL_SAYS, special=SPECIAL)
+    speaker(folder, SPECIAL_TEMPLATE, SPECIAL_SAYS, special=SPECIAL)
 
 
 def caller(folder: Path) -> None:
     """Calls tools and does not think."""
     template = _TALK + "{% if tools %}|tools|{% endif %}{# [TOOL_CALLS] #}"
-    _speaker(folder, template, SPECIAL_SAYS[1:], special=SPECIAL[2:])
+    speaker(folder, template, SPECIAL_SAYS[1:], special=SPECIAL[2:])
 
 
 def large_llama(folder: Path, layers: int) -> None:
@@ -347,7 +348,7 @@ def _causal(folder: Path, config, chat_template=None, **special) -> None:
     _save(folder, "AutoModelForCausalLM", config, tokenizer)
 
 
-def _speaker(folder: Path, chat_template: str, says: list[list[str]], special=()) -> None:
+def speaker(folder: Path, chat_template: str, says: list[list[str]], special=()) -> None:
     """A Llama that knows of each token which one is next, and nothing else."""
     import torch
     from tokenizers import AddedToken

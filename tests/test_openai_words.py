@@ -122,14 +122,6 @@ def test_arguments_are_a_json_object_in_a_string(ask, arguments):
     assert list(refused.value.details) == ["messages[0].tool_calls[0].function.arguments"]
 
 
-def test_a_task_that_knows_no_tools_refuses_them_by_name():
-    route = ROUTES["/v1/chat/completions"]
-    body = {"model": "image-chat-v1", "messages": TOLD, "tools": [WEATHER]}
-    with pytest.raises(InvalidRequest) as refused:
-        order(route, REGISTRY.get("image-chat-v1"), body, ROUTES.values())
-    assert refused.value.details == {"tools": "is not something this model can be asked"}
-
-
 def answered(asked, output, **metadata):
     told = {"request_id": "order-17", "usage": {"input_tokens": 4, "output_tokens": 3}}
     return asked.route.answer(asked, output, told | metadata)

@@ -149,6 +149,65 @@ def direct(checkpoint):
     return call
 
 
+# Thinking and tools.
+
+WEATHER = {"type": "function", "function": {"name": "weather"}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.fixture
+def thinker(make_app, checkpoint):
+    """The status and answer of a chat about a picture: ``thinker(tools=[…], thinking=False)``."""
+    entries = [
+        {"id": family, "type": "image-text-to-text", "hf_model": checkpoint(family)}
+        for family in ("llava_thinker", "llava")
+    ]
+    client = make_app(entries).test_client()
+
+    def ask(*more, model="llava_thinker", tools=None, **options):
+        see = [{"type": "image", "image": base64_of(scene(0))}, {"type": "text", "text": "and?"}]
+        input = {"messages": [{"role": "user", "content": see}, *more]}
+        input |= {"tools": tools} if tools else {}
+        answer = run(client, model, input, options=options)
+        return answer.status_code, answer.json
+
+    return ask
+
+
+def test_a_model_that_sees_thinks_and_calls_tools(thinker):
+    status, answer = thinker()
+    assert (status, answer["output"]) == (200, "Yes, it is é STOP it is.\n")
+    assert answer["metadata"]["reasoning_content"] == "hm so STOP"
+    assert answer["metadata"]["usage"]["reasoning_tokens"] == 4
+    status, answer = thinker(tools=[WEATHER, CLOCK])
+    assert (status, answer["output"]) == (200, "Let me look.")
+    calls = answer["metadata"]["tool_calls"]
+    assert [call["name"] for call in calls] == ["weather", "clock"]
+    call = {"id": "a", "name": "weather", "arguments": {"city": "Köln"}}
+    told = [{"role": "assistant", "tool_calls": [call]}]
+    told += [{"role": "tool", "tool_call_id": "a", "content": "rain"}]
+    status, answer = thinker(*told, tools=[WEATHER, CLOCK])
+    assert (status, answer["output"]) == (200, "Rain, then sun. <tool_call> {} </tool_call>")
+    status, answer = thinker(thinking=False)
+    assert (status, answer["output"]) == (200, "Sure.")
+    assert "reasoning_content" not in answer["metadata"]
+
+
+def test_what_a_model_that_sees_cannot_be_told_is_refused(thinker):
+    for how, at in (({"tools": [CLOCK]}, "input.tools"), ({"thinking": True}, "options.thinking")):
+        status, answer = thinker(model="llava", **how)
+        assert (status, list(answer["error"]["details"])) == (400, [at])
+
+
+def test_no_call_or_tool_passes_for_a_picture(thinker):
+    call = {"name": "clock", "arguments": {"place": "<image>"}}
+    status, answer = thinker({"role": "assistant", "tool_calls": [call]})
+    assert (status, list(answer["error"]["details"])) == (400, ["input.messages[1]"])
+    named = {**CLOCK, "function": {"name": "clock", "description": "an <image>"}}
+    status, answer = thinker(tools=[WEATHER, named])
+    assert (status, list(answer["error"]["details"])) == (400, ["input.tools[1]"])
+
+
 # Parity.
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.checkpoints import _byte_tokenizer
+from tests.checkpoints import THINKER_ENDS, THINKER_SAYS, _byte_tokenizer, speaker
 from tests.vision_checkpoints import _SIZE, _VIT, _labels
 
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -218,6 +218,52 @@ def llava(folder: Path) -> None:
     save(folder, "LlavaForConditionalGeneration", config, processor, tokenizer, **_SPECIAL)
 
 
+def llava_thinker(folder: Path) -> None:
+    """Says what the text model ``thinker`` says, whatever it sees."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    template = (
+        "{% for message in messages %}<s>{{ message.role }}\n{% for part in message.content %}"
+        "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+        "{{ message.tool_calls | default('') }}</s>{% endfor %}"
+        "{{ tools | default('') }}<s>assistant\n"
+    )
+    speaker(folder, template, THINKER_SAYS, special=["<image>"])
+    text = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **_VIT, "image_size": 32},
+        text_config=text.config.to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = LlavaForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=_SIZE),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template + THINKER_ENDS,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def llava_without_template(folder: Path) -> None:
     llava(folder)
     (folder / "chat_template.jinja").unlink()
@@ -309,6 +355,7 @@ BUILDERS = {
         git,
         vilt,
         llava,
+        llava_thinker,
         llava_without_template,
         qwen2_vl,
         idefics3,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import orjson
+
 from backend.adapters.base import Batch, Prediction, too_late
+from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit
 from backend.adapters.vision_base import as_picture, of_one_shape, stack
 from backend.adapters.vision_text import PICTURE_TOKENS, PictureWriter
-from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+from backend.errors import CraneError, InvalidRequest
 
 logger = logging.getLogger("crane.adapters")
 
@@ -21,11 +24,11 @@ class PictureChat(PictureWriter):
 
     def load(self) -> None:
         super().load()
-        if not getattr(self.processor, "chat_template", None):
-            raise ModelUnavailable("It has no chat template, so it cannot read messages.")
+        self._template = ChatTemplate(self.processor, self.tokenizer)
+        self.kept_tokens = self._template.kept_tokens
         # What stands in a prompt for a picture; a caller's own would have no picture to it.
         named = {n: v for n, v in vars(self.processor).items() if n.endswith("_token")}
-        self._marks = sorted({mark for mark in named.values() if isinstance(mark, str) and mark})
+        self._places = sorted({mark for mark in named.values() if isinstance(mark, str) and mark})
 
     def load_processor(self, weights: str, how: dict[str, Any]) -> Any:
         import transformers
@@ -37,18 +40,19 @@ class PictureChat(PictureWriter):
             return _without_films(self.model.config.model_type).from_pretrained(weights, **how)
 
     def size(self, value: Any, options: Mapping[str, Any]) -> int:
-        parts = [part for message in value["messages"] for part in message["content"]]
-        return sum(
-            PICTURE_TOKENS if part["type"] == "image" else super(PictureChat, self).size(part, {})
-            for part in parts
-        )
+        parts = [part for _, part in _parts(value["messages"])]
+        told = [part for part in parts if part["type"] == "text"]
+        told += [one for one in value["messages"] if "tool_calls" in one] + value.get("tools", [])
+        pictures: int = PICTURE_TOKENS * sum(part["type"] == "image" for part in parts)
+        texts: int = sum(super(PictureChat, self).size(one, {}) for one in told)
+        return pictures + texts
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         results: dict[int, Prediction | CraneError] = {}
         features: dict[int, dict[str, Any]] = {}
         for place, value in enumerate(batch.inputs):
             try:
-                features[place] = self._features(value["messages"])
+                features[place] = self._features(value, batch.options)
             except InvalidRequest as error:
                 results[place] = error
         texts = {place: _of_text(mine) for place, mine in features.items()}
@@ -59,7 +63,8 @@ class PictureChat(PictureWriter):
         for group in of_one_shape(seen):
             if not (places := batch.waited_for(group)):
                 continue
-            prompts = [texts[place]["input_ids"].shape[1] for place in places]
+            ids = [texts[place]["input_ids"][0].tolist() for place in places]
+            prompts = [len(one) for one in ids]
             most = batch.options["max_tokens"]
             inputs = stack([seen[place] for place in places], self.model)
             padded = [self._pad(texts[place], max(prompts)) for place in places]
@@ -71,6 +76,10 @@ class PictureChat(PictureWriter):
                 prompts=prompts,
                 room=[min(most, (self.window or most + one) - one) for one in prompts],
                 start=max(prompts),
+                replies=[
+                    self._template.reply(batch.inputs[place], prompt)
+                    for place, prompt in zip(places, ids, strict=True)
+                ],
             )
             for place, prediction in zip(places, written, strict=True):
                 images = len(_pictures(batch.inputs[place]["messages"]))
@@ -78,24 +87,23 @@ class PictureChat(PictureWriter):
                 results[place] = prediction
         return [results.get(place) or too_late() for place in range(len(batch))]
 
-    def _features(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def _features(self, value: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """What the model reads of one conversation; raises ``InvalidRequest``."""
         import jinja2
 
-        for at, part in _parts(messages):
-            if mark := next((mark for mark in self._marks if mark in part.get("text", "")), None):
+        messages, extra = value["messages"], self._template.extra(value, options)
+        for at, text in _texts(value):
+            if mark := next((mark for mark in self._places if mark in text), None):
                 fault = f"has {mark}, which this model reads as the place of a picture"
-                raise InvalidRequest.of({f"{at}.text": fault})
+                raise InvalidRequest.of({at: fault})
         pictures = [as_picture(part["image"], f"{at}.image") for at, part in _pictures(messages)]
         try:
-            features = self._encode(messages, pictures)
-        except jinja2.TemplateError as error:
-            # The model's own rule in its own words, such as "roles must alternate".
-            fault = f"do not suit this model: {error}"
-            raise InvalidRequest.of({"input.messages": fault}) from None
+            features = self._encode(messages, pictures, extra)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise does_not_suit(error) from None
         except ValueError:
             logger.debug("a processor's refusal", exc_info=True)
-            self._encode(messages, [picture.resize((64, 64)) for picture in pictures])
+            self._encode(messages, [picture.resize((64, 64)) for picture in pictures], extra)
             fault = "have a picture of sides that this model cannot take"
             raise InvalidRequest.of({"input.messages": fault}) from None
         tokens = features["input_ids"].shape[1]
@@ -104,18 +112,17 @@ class PictureChat(PictureWriter):
             raise InvalidRequest.of({"input.messages": f"{fault}{self.window}; shorten them"})
         return features
 
-    def _encode(self, messages: list[dict[str, Any]], pictures: list[Any]) -> dict[str, Any]:
+    def _encode(
+        self, messages: list[dict[str, Any]], pictures: list[Any], extra: dict[str, Any]
+    ) -> dict[str, Any]:
         left = iter(pictures)
-        conversation = [
-            {
-                "role": message["role"],
-                "content": [
-                    {"type": "image", "image": next(left)} if part["type"] == "image" else part
-                    for part in message["content"]
-                ],
-            }
-            for message in messages
-        ]
+        conversation = []
+        for message in messages:
+            content = [
+                {"type": "image", "image": next(left)} if part["type"] == "image" else part
+                for part in message.get("content", [])
+            ]
+            conversation.append({**as_templates_have_it(message), "content": content})
         return dict(
             self.processor.apply_chat_template(
                 conversation,
@@ -123,6 +130,7 @@ class PictureChat(PictureWriter):
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
+                **extra,
             )
         )
 
@@ -150,8 +158,18 @@ def _parts(messages: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return [
         (f"input.messages[{row}].content[{column}]", part)
         for row, message in enumerate(messages)
-        for column, part in enumerate(message["content"])
+        for column, part in enumerate(message.get("content", []))
     ]
+
+
+def _texts(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """All that a model is told in words, and where it is."""
+    for at, part in _parts(value["messages"]):
+        yield f"{at}.text", part.get("text", "")
+    for name in ("messages", "tools"):
+        for place, one in enumerate(value.get(name, [])):
+            rest = {key: told for key, told in one.items() if key != "content"}
+            yield f"input.{name}[{place}]", orjson.dumps(rest).decode()
 
 
 def _pictures(messages: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -9,10 +9,9 @@ import orjson
 from marshmallow import ValidationError, validates_schema
 
 from backend.errors import InvalidRequest, did_you_mean
-from backend.openai.base import CANNOT, Nullable, Only
+from backend.openai.base import Nullable, Only
 from backend.registry import ModelSpec
 from backend.schemas import AnyObject, Choice, ListOf, ObjectOf, StrictField, Text
-from backend.tasks import TASKS
 
 # Roles in OpenAI's words that are others in ours.
 _ROLES = {"developer": "system"}
@@ -125,8 +124,6 @@ def input_of(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     messages = [_message(one, f"messages[{i}]", sees) for i, one in enumerate(body["messages"])]
     if "tools" not in body or body.get("tool_choice") == "none":
         return {"messages": messages}
-    if "tools" not in _fields(spec):
-        raise InvalidRequest.of({"tools": CANNOT})
     return {"messages": messages, "tools": [_tool(one) for one in body["tools"]]}
 
 
@@ -134,12 +131,6 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool in Crane's words, which have none for ``strict``: false is how it is anyway."""
     function = {name: value for name, value in tool["function"].items() if name != "strict"}
     return {**tool, "function": function}
-
-
-def _fields(spec: ModelSpec) -> Mapping[str, Any]:
-    """The fields of an input of the model's task."""
-    taken = TASKS[spec.type].input
-    return taken.schema.fields if isinstance(taken, ObjectOf) else {}
 
 
 def _message(message: dict[str, Any], at: str, sees: bool) -> dict[str, Any]:

@@ -187,12 +187,16 @@ class TranslationOptions(Text2TextOptions):
     )
 
 
-class ChatOptions(TokenOptions):
+class ThinkingOptions(Options):
     thinking = Boolean(
         load_default=None,
         allow_none=True,
         metadata=about("whether to think first, of a model that can be told; null is as it does"),
     )
+
+
+class ChatOptions(TokenOptions, ThinkingOptions):
+    pass
 
 
 class ToolName(Text):
@@ -233,7 +237,7 @@ ONLY_OF = {
 
 class Message(StrictSchema):
     role = Choice(["system", "user", "assistant", "tool"], required=True)
-    content = Text(blank=True)
+    content: StrictField = Text(blank=True)
     reasoning_content = Text(blank=True)
     tool_calls = ListOf(ObjectOf(ToolCall), low=1, high=128)
     tool_call_id = Text()

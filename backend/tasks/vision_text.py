@@ -20,7 +20,7 @@ from backend.schemas import (
 )
 from backend.tasks.base import TRUNCATE, Options, Task, about
 from backend.tasks.examples import PICTURE
-from backend.tasks.text import GenerationOptions
+from backend.tasks.text import ChatInput, GenerationOptions, Message, ThinkingOptions
 
 
 class PictureTextOptions(GenerationOptions):
@@ -28,6 +28,10 @@ class PictureTextOptions(GenerationOptions):
 
     class Meta(StrictSchema.Meta):
         exclude = ("truncate",)
+
+
+class PictureChatOptions(PictureTextOptions, ThinkingOptions):
+    pass
 
 
 class TextPart(StrictSchema):
@@ -83,12 +87,11 @@ class ContentField(StrictField):
         return self.parts.deserialize(value)
 
 
-class PictureMessage(StrictSchema):
-    role = Choice(["system", "user", "assistant"], required=True)
-    content = ContentField(required=True)
+class PictureMessage(Message):
+    content = ContentField()
 
 
-class PictureChatInput(StrictSchema):
+class PictureChatInput(ChatInput):
     messages = ListOf(ObjectOf(PictureMessage), low=1, high=1000, required=True)
 
 
@@ -127,7 +130,7 @@ IMAGE_TO_TEXT = Task(
 IMAGE_TEXT_TO_TEXT = Task(
     name="image-text-to-text",
     input=ObjectOf(PictureChatInput),
-    options=PictureTextOptions,
+    options=PictureChatOptions,
     output="the reply, a string",
     example=(
         {

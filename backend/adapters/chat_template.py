@@ -1,0 +1,73 @@
+"""A model's chat template: what it can be told, and how replies to its prompts are taken apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from backend.adapters.detokenizer import special_tokens_of
+from backend.errors import InvalidRequest, ModelUnavailable
+from backend.replies import Reply, marks_of
+
+
+class ChatTemplate:
+    """The template of a tokenizer, or of a processor; raises ``ModelUnavailable`` for none."""
+
+    def __init__(self, owner: Any, tokenizer: Any) -> None:
+        template = getattr(owner, "chat_template", None)
+        if not template:
+            raise ModelUnavailable("It has no chat template, so it cannot read messages.")
+        # Some have one template for calls with tools, and another for those without.
+        self._text = template if isinstance(template, str) else "\n".join(template.values())
+        self._tokenizer = tokenizer
+        self._marks = marks_of(self._text, getattr(tokenizer, "response_template", None))
+        # The special tokens that are text to a reply.
+        self.kept_tokens = [
+            token
+            for token, written in special_tokens_of(tokenizer).items()
+            if any(written in mark for mark in self._marks.all)
+        ]
+
+    def extra(self, value: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """What it is told beside the messages; raises ``InvalidRequest`` where it cannot be."""
+        extra: dict[str, Any] = {}
+        if value.get("tools"):
+            extra["tools"] = value["tools"]
+            if not re.search(r"\btools\b", self._text):
+                raise InvalidRequest.of({"input.tools": "are nothing that this model can be told"})
+        if options["thinking"] is not None:
+            extra["enable_thinking"] = options["thinking"]
+            if "enable_thinking" not in self._text:
+                fault = "is nothing that this model can be told; leave it out"
+                raise InvalidRequest.of({"options.thinking": fault})
+        return extra
+
+    def reply(self, value: Mapping[str, Any], prompt: list[int]) -> Reply | None:
+        """What takes apart what is written after a prompt; None where all of it is content."""
+        tools = value.get("tools", [])
+        marks = self._marks if tools else self._marks.without_calls()
+        if not marks:
+            return None
+        end = self._tokenizer.decode(prompt[-16:])  # more than any mark has
+        return Reply(marks, thinking=marks.opened_by(end), tools=tools)
+
+
+def does_not_suit(error: Exception) -> InvalidRequest:
+    """The model's own rule in its own words, such as "roles must alternate".
+
+    Or its template cannot take what stands where it has texts.
+    """
+    return InvalidRequest.of({"input.messages": f"do not suit this model: {error}"})
+
+
+def as_templates_have_it(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in the words of transformers' chat templates."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+        | ({"id": call["id"]} if "id" in call else {})
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
