@@ -7,35 +7,35 @@ from typing import Any
 
 from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit
 from backend.adapters.generation import CausalGenerator
-from backend.errors import CraneError, InvalidRequest
 from backend.replies import Reply
 
 
 class Chat(CausalGenerator):
     """A decoder-only model with a chat template."""
 
-    special_tokens = False  # the template has written them
-
     def load(self) -> None:
         super().load()
         self._template = ChatTemplate(self.tokenizer, self.tokenizer)
         self.kept_tokens = self._template.kept_tokens
 
-    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
+    def encode(self, value: Any, options: Mapping[str, Any], **how: Any) -> list[int]:
         import jinja2
 
+        extra = self._template.extra(value, options)
         try:
-            prompt: str = self.tokenizer.apply_chat_template(
+            ids: list[int] = self.tokenizer.apply_chat_template(
                 [as_templates_have_it(message) for message in value["messages"]],
-                tokenize=False,
                 add_generation_prompt=True,
-                **self._template.extra(value, options),
+                return_dict=False,
+                # What a caller writes is text, also where it looks like the end of a message.
+                sanitize_control_tokens=True,
+                tokenizer_kwargs={"verbose": False},
+                **how,
+                **extra,
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            return does_not_suit(error)
-        except InvalidRequest as error:
-            return error
-        return prompt
+        except (jinja2.TemplateError, TypeError, ValueError, NotImplementedError) as error:
+            raise does_not_suit(error) from None
+        return ids
 
     def reply(self, value: Any, prompt: list[int]) -> Reply | None:
         return self._template.reply(value, prompt)

@@ -33,23 +33,16 @@ CACHE_OF_FREE, PREFIXES_OF_FREE = 0.5, 0.05
 class Generator(TransformersAdapter):
     """What decoder-only and encoder-decoder generators share."""
 
-    special_tokens = True  # whether the tokenizer adds its own
     pads_left = False
     kept_tokens: Collection[int] = ()  # special ones that are text to a reply
-
-    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
-        """The text that the tokenizer gets for an input."""
-        text: str = value
-        return text
 
     def reply(self, value: Any, prompt: list[int]) -> Reply | None:
         """What takes apart what is written for an input; None where all of it is the output."""
         return None
 
-    def encode(self, prompt: str, options: Mapping[str, Any], **how: Any) -> list[int]:
-        ids: list[int] = self.tokenizer(
-            prompt, add_special_tokens=self.special_tokens, verbose=False, **how
-        )["input_ids"]
+    def encode(self, value: Any, options: Mapping[str, Any], **how: Any) -> list[int]:
+        """An input's tokens; raises ``InvalidRequest``."""
+        ids: list[int] = self.tokenizer(value, verbose=False, **how)["input_ids"]
         return ids
 
     def longest_prompt(self, options: Mapping[str, Any]) -> int:
@@ -85,15 +78,15 @@ class Generator(TransformersAdapter):
 
     def read(self, value: Any, options: Mapping[str, Any]) -> tuple[list[int], bool] | CraneError:
         """An input's tokens, and whether they were cut to fit; or why it cannot be read."""
-        text = self.prompt(value, options)
-        if isinstance(text, CraneError):
-            return text
-        ids, cut = self.encode(text, options), False
-        if self.room(ids, options) < 1 or len(ids) > (self.window or len(ids)):
-            if not options["truncate"]:
-                return self.too_long(len(ids))
-            most = self.longest_prompt(options)
-            ids, cut = self.encode(text, options, truncation=True, max_length=most), True
+        try:
+            ids, cut = self.encode(value, options), False
+            if self.room(ids, options) < 1 or len(ids) > (self.window or len(ids)):
+                if not options["truncate"]:
+                    return self.too_long(len(ids))
+                most = self.longest_prompt(options)
+                ids, cut = self.encode(value, options, truncation=True, max_length=most), True
+        except InvalidRequest as error:
+            return error
         if not ids:
             return InvalidRequest.of({"input": "has no token that this model knows"})
         return ids, cut

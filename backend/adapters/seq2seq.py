@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.generation import Generator
-from backend.errors import CraneError, InvalidRequest
+from backend.errors import InvalidRequest
 
 
 class Seq2SeqGenerator(Generator):
@@ -21,9 +21,8 @@ class Seq2SeqGenerator(Generator):
         positions = [value for name in names if (value := getattr(config, name, None))]
         self._positions: int | None = positions[0] if positions else None
 
-    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
-        text: str = options["prefix"] + value
-        return text
+    def encode(self, value: Any, options: Mapping[str, Any], **how: Any) -> list[int]:
+        return super().encode(options["prefix"] + value, options, **how)
 
     def room(self, prompt: list[int], options: Mapping[str, Any]) -> int:
         most: int = options["max_tokens"]
@@ -38,19 +37,16 @@ class Translator(Seq2SeqGenerator):
         super().load()
         self._source_language = getattr(self.tokenizer, "src_lang", None)
 
-    def prompt(self, value: Any, options: Mapping[str, Any]) -> str | CraneError:
+    def encode(self, value: Any, options: Mapping[str, Any], **how: Any) -> list[int]:
         for option in ("source_language", "target_language"):
             code = options[option]
             if code is not None and self._language(code) is None:
                 fault = f"is {code!r}, which is not a language code of this model"
-                return InvalidRequest.of({f"options.{option}": fault})
-        return super().prompt(value, options)
-
-    def encode(self, prompt: str, options: Mapping[str, Any], **how: Any) -> list[int]:
+                raise InvalidRequest.of({f"options.{option}": fault})
         if self._source_language is not None:
             # Set each time: the tokenizer remembers the language of the batch before.
             self.tokenizer.src_lang = options["source_language"] or self._source_language
-        return super().encode(prompt, options, **how)
+        return super().encode(value, options, **how)
 
     def config(self, options: dict[str, Any], max_new_tokens: int) -> Any:
         config = super().config(options, max_new_tokens)
