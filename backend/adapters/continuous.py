@@ -10,7 +10,7 @@ from typing import Any
 from backend.adapters.base import Entry, Feed, too_late
 from backend.adapters.completion import Completion, Pace
 from backend.adapters.decoding import Sampling, choose
-from backend.adapters.prefixes import Prefixes
+from backend.adapters.prefixes import Prefix, Prefixes
 from backend.adapters.slots import Decoder, Layout
 from backend.errors import CraneError
 
@@ -106,19 +106,23 @@ class ContinuousBatch:
             return
         tokens = 0
         longest = max((text.most_tokens for text in self._texts), default=0)
+        group: list[tuple[int, Text, Prefix | None]] = []
         while self._waiting:
-            text = self._waiting[0]
+            text, count = self._waiting[0], len(self._texts) + len(group) + 1
             longest = max(longest, text.most_tokens)
-            if self._texts and (len(self._texts) + 1) * longest > self._most_tokens:
-                return
+            if count > 1 and count * longest > self._most_tokens:
+                break
             known = self._prefixes.find(text.prompt[:-1])
             text.known = known.length if known is not None else 0
-            first = not tokens
-            tokens += len(text.prompt) - text.known
-            if tokens > READ_TOKENS and not first:
-                return
+            unread = len(text.prompt) - text.known
+            tokens += unread
+            if tokens > READ_TOKENS and group:
+                break
+            group.append((unread, self._waiting.popleft(), known))
+        # Side by side those of like length need less padding.
+        for _, text, known in sorted(group, key=lambda one: one[0]):
             self._decoder.add(known)
-            self._texts.append(self._waiting.popleft())
+            self._texts.append(text)
 
     def _reads(self, slot: int) -> bool:
         return self._decoder.lengths[slot] < len(self._texts[slot].prompt)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 STEP = 64  # columns by which the cache grows at least
-ATTENTION = "crane_slots"  # by which transformers knows ``_attend``
+PADDED = 2  # tokens of a group that attends at once, with its padding, for each of its own
+ATTENTION = "crane_slots"  # by which transformers knows ``attend``
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,18 +257,16 @@ def _slots_class() -> Any:
 
 
 def _groups(lengths: list[int], counts: list[int], device: torch.device) -> list[_Group]:
-    """The texts that are read, next to each other, and those that get one token."""
+    """All slots, in groups of as like counts of tokens as ``PADDED`` wants."""
+    groups: list[_Group] = []
     starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
-    read = [slot for slot, count in enumerate(counts) if count > 1]
-    first, end = (read[0], read[-1] + 1) if read else (len(counts), len(counts))
-    groups = []
-    # Where some come after those that are read, all ask for one: of these it is not kept.
-    single = first if end == len(counts) else len(counts)
-    if single:
-        groups.append(_Group(0, lengths[:single], starts[:single], [1] * single, device))
-    if read:
-        here = slice(first, end)
-        groups.append(_Group(first, lengths[here], starts[here], counts[here], device))
+    first, most, tokens = 0, 0, 0
+    for slot, count in enumerate([*counts, 0]):
+        most, tokens = max(most, count), tokens + count
+        if slot == len(counts) or (slot - first + 1) * most > PADDED * tokens:
+            here = slice(first, slot)
+            groups.append(_Group(first, lengths[here], starts[here], counts[here], device))
+            first, most, tokens = slot, count, count
     return groups
 
 
