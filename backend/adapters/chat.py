@@ -28,7 +28,7 @@ class Chat(CausalGenerator):
                 add_generation_prompt=True,
                 return_dict=False,
                 # What a caller writes is text, also where it looks like the end of a message.
-                sanitize_control_tokens=True,
+                sanitize_control_tokens=self._template.is_to_sanitize(value),
                 tokenizer_kwargs={"verbose": False},
                 **how,
                 **extra,
