@@ -124,6 +124,21 @@ def run(client, model_id="echo", input="hello", **body):
     return client.post("/crane/run", json=body, buffered=True)
 
 
+def answered(client, model_id, input, **options):
+    """The output and the receipt of a call that is answered."""
+    response = run(client, model_id, input, options=options)
+    assert response.status_code == 200, response.json
+    return response.json["output"], response.json["metadata"]
+
+
+def refused_for(client, model_id, input, **options):
+    """What was wrong with a call, by its place."""
+    response = run(client, model_id, input, options=options)
+    assert response.status_code == 400, response.json
+    assert response.json["error"]["code"] == "VALIDATION_ERROR"
+    return response.json["error"]["details"]
+
+
 def together(client, requests):
     """Send requests at once, each from a thread of its own; answers in the same order."""
     answers = [None] * len(requests)

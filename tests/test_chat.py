@@ -16,7 +16,7 @@ from backend.engine.calls import Call, Event, Job
 from backend.registry import Registry
 from backend.replies import Reply, marks_of
 from tests.checkpoints import THINKER_SAYS, THINKER_TEMPLATE, checkpoint
-from tests.conftest import run, write_models
+from tests.conftest import answered, refused_for, run, write_models
 
 __all__ = ["checkpoint"]
 
@@ -54,9 +54,7 @@ def chat(app):
     """The output and receipt of a call: ``chat({"messages": …}, max_tokens=3)``."""
 
     def chat(input, model="shared-thinker", **options):
-        response = run(app.test_client(), model, input, options=options)
-        assert response.status_code == 200, response.json
-        return response.json["output"], response.json["metadata"]
+        return answered(app.test_client(), model, input, **options)
 
     return chat
 
@@ -80,9 +78,7 @@ def stream(app):
 @pytest.fixture
 def refused(app):
     def refused(input, model="shared-thinker", **options):
-        response = run(app.test_client(), model, input, options=options)
-        assert response.status_code == 400, response.json
-        return response.json["error"]["details"]
+        return refused_for(app.test_client(), model, input, **options)
 
     return refused
 

@@ -11,7 +11,7 @@ import pytest
 from backend import create_app
 from backend.config import Config
 from tests.checkpoints import checkpoint, sentence
-from tests.conftest import run, write_models
+from tests.conftest import answered, refused_for, run, write_models
 
 __all__ = ["checkpoint"]
 
@@ -53,9 +53,7 @@ def write(app):
     """The output and receipt of a call: ``write(PROMPT, model="shared-llama", max_tokens=3)``."""
 
     def write(input=PROMPT, model="shared-llama", **options):
-        response = run(app.test_client(), model, input, options=options)
-        assert response.status_code == 200, response.json
-        return response.json["output"], response.json["metadata"]
+        return answered(app.test_client(), model, input, **options)
 
     return write
 
@@ -65,10 +63,7 @@ def refused(app):
     """The error of a call that is refused with 400."""
 
     def refused(input, model="shared-llama", **options):
-        response = run(app.test_client(), model, input, options=options)
-        assert response.status_code == 400, response.json
-        assert response.json["error"]["code"] == "VALIDATION_ERROR"
-        return response.json["error"]["details"]
+        return refused_for(app.test_client(), model, input, **options)
 
     return refused
 

@@ -195,14 +195,13 @@ def _chat_tokenizer(*marks):
     return tokenizer
 
 
-def llava(folder: Path) -> None:
-    """Every picture is 16 tokens."""
+def _llava_parts(text_config, tokenizer, template):
+    """A configuration and a processor."""
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor
 
-    tokenizer = _chat_tokenizer("<image>")
     config = LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **_VIT, "image_size": 32},
-        text_config=_llama(vocab_size=408),
+        text_config=text_config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         tie_word_embeddings=False,
@@ -213,22 +212,23 @@ def llava(folder: Path) -> None:
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATE.replace("PLACE", "<image>"),
+        chat_template=template,
     )
+    return config, processor
+
+
+def llava(folder: Path) -> None:
+    """Every picture is 16 tokens."""
+    tokenizer = _chat_tokenizer("<image>")
+    template = TEMPLATE.replace("PLACE", "<image>")
+    config, processor = _llava_parts(_llama(vocab_size=408), tokenizer, template)
     save(folder, "LlavaForConditionalGeneration", config, processor, tokenizer, **_SPECIAL)
 
 
 def llava_thinker(folder: Path) -> None:
     """Says what the text model ``thinker`` says, whatever it sees."""
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        CLIPImageProcessorPil,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
     template = (
         "{% for message in messages %}<s>{{ message.role }}\n{% for part in message.content %}"
@@ -239,27 +239,13 @@ def llava_thinker(folder: Path) -> None:
     speaker(folder, template, THINKER_SAYS, special=["<image>"])
     text = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **_VIT, "image_size": 32},
-        text_config=text.config.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-        tie_word_embeddings=False,
-    )
+    config, processor = _llava_parts(text.config.to_dict(), tokenizer, template + THINKER_ENDS)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=_SIZE),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template + THINKER_ENDS,
-    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

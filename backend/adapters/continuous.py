@@ -102,7 +102,7 @@ class ContinuousBatch:
 
     def _admit(self) -> None:
         """Have those that have waited longest be read, when no other is, and all at once."""
-        if any(self._reads(slot) for slot in range(len(self._texts))):
+        if not self._waiting or any(self._reads(slot) for slot in range(len(self._texts))):
             return
         tokens = 0
         longest = max((text.most_tokens for text in self._texts), default=0)

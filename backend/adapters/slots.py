@@ -192,7 +192,7 @@ def _slots_class() -> Any:
             """Each layer's keys and values of a slot, [1, heads, length, features]."""
             return [
                 tuple(part[slot : slot + 1, :, :length] for part in parts)
-                for _, parts in sorted(self._parts.items())
+                for parts in self._parts.values()
             ]
 
         def move(self, slot: int, to: int, length: int) -> None:
