@@ -602,19 +602,10 @@ def test_packed_weights_give_what_they_gave_and_are_counted():
     assert layout_of(model) is not None
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_float32_weights_are_transposed_and_give_what_they_gave(tied):
-    model, ids = model_of("Llama"), torch.tensor([[5, 6, 7, 8]])
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    before, size = model(ids).logits, count(SimpleNamespace(model=model))
+def test_float32_weights_are_left_as_they_are():
+    model = model_of("Llama")
     pack_linears(model)
-    assert torch.allclose(model(ids).logits, before, atol=1e-5)
-    turned = [one for one in model.modules() if getattr(one, "weight", None) is not None]
-    turned = [one for one in turned if not one.weight.is_contiguous()]
-    assert len(turned) == 14 + (not tied)
-    assert model.model.embed_tokens not in turned
-    assert count(SimpleNamespace(model=model)) == size
+    assert isinstance(model.lm_head, torch.nn.Linear)
 
 
 def test_penalties_are_taken_off_what_was_written(server):
