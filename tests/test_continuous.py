@@ -166,6 +166,16 @@ def test_a_model_is_tried_out_before_texts_are_written_in_slots(name):
     assert (model_of(name).layout is not None) == MODELS[name][1]
 
 
+def test_what_did_well_is_not_tried_out_again_and_what_differs_is(monkeypatch):
+    model_of("Llama")
+    runs = runs_of(monkeypatch)
+    assert model_of("Llama").layout is not None
+    assert not runs
+    monkeypatch.setitem(SMALL, "num_hidden_layers", 3)
+    assert model_of("Llama").layout is not None
+    assert runs
+
+
 @pytest.mark.parametrize("name", [name for name, (_, fits) in MODELS.items() if fits])
 def test_texts_are_what_the_library_writes_for_each_alone(name):
     model, prompts = model_of(name), prompts_of(20)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from typing import Any
 
 from backend.adapters.slots import Decoder, Layout
 
 logger = logging.getLogger("crane.adapters")
+
+# What was tried out and did well: a later load of the like need not be, which takes several runs.
+_TRIED: set[tuple[Any, ...]] = set()
 
 # Of a checkpoint's own generation settings: what ``generate`` does with them at each token, and
 # ``Sampling`` does not.
@@ -42,7 +46,9 @@ def layout_of(model: Any) -> Layout | None:
             windows=_windows(model),
             chooses_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
         )
-        _try_out(model, layout)
+        if (like := _like(model)) not in _TRIED:
+            _try_out(model, layout)
+            _TRIED.add(like)
     except Exception as error:
         logger.info("%s does not write in slots: %s", type(model).__name__, error)
         return None
@@ -64,6 +70,13 @@ def _windows(model: Any) -> tuple[int | None, ...]:
             raise ValueError(f"a {type(layer).__name__} is no list of keys and values")
         windows.append(getattr(layer, "sliding_window", None))
     return tuple(windows)
+
+
+def _like(model: Any) -> tuple[Any, ...]:
+    """What two models have in common that write alike, whatever their weights are."""
+    settings = model.config.to_dict()
+    settings.pop("_name_or_path", None)
+    return type(model), model.dtype, model.device.type, json.dumps(settings, default=str)
 
 
 def _try_out(model: Any, layout: Layout) -> None:
