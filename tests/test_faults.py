@@ -16,7 +16,7 @@ from backend.adapters.echo import Echo
 from backend.engine import faults
 from tests.conftest import ECHO, run, together
 from tests.serving import ROOT, wait_for
-from tests.test_residency import MB, Sized, events, sized, state, unloads
+from tests.test_residency import MB, Sized, events, held_bytes, sized, state, unloads
 
 __all__ = ["events", "sized"]
 
@@ -139,7 +139,7 @@ def test_a_load_that_runs_out_of_memory_is_tried_once_more(make_app, sized, add_
     assert (refused.status_code, refused.json["error"]["code"]) == (503, "OUT_OF_MEMORY")
     assert never.tries == 2
     assert state(client, "never") == "unloaded"
-    assert client.get("/readyz").json["engines"][0]["memory"]["cpu"]["held_bytes"] == 0
+    assert held_bytes(client) == 0
 
 
 def test_nothing_of_a_failed_batch_is_kept(make_app, add_task):
@@ -160,6 +160,31 @@ def test_nothing_of_a_failed_batch_is_kept(make_app, add_task):
 
     client = make_app([add_task("clean", KeepsNothing)]).test_client()
     assert run(client, "clean").status_code == 200
+
+
+@pytest.mark.parametrize("knotted", [False, True])
+def test_all_garbage_is_looked_for_only_where_weights_are_left(
+    make_app, add_task, monkeypatch, knotted
+):
+    kept, looks = [], []
+
+    class Knotted(Echo):
+        def load(self):
+            self.model = torch.nn.Linear(2, 2)
+            self.model.itself = [self.model] if knotted else []
+            kept.extend(weakref.ref(one) for one in self.model.parameters())
+
+        def unload(self):
+            del self.model
+
+    client = make_app([add_task("knotted", Knotted)]).test_client()
+    assert run(client, "knotted").status_code == 200
+    real = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: looks.append(real()))
+    client.post("/crane/models/knotted/unload")
+    wait_for(lambda: held_bytes(client) == 0)
+    assert [one() for one in kept] == [None, None]
+    assert bool(looks) == knotted
 
 
 @pytest.mark.parametrize(
@@ -307,9 +332,5 @@ def test_a_load_that_hangs_is_given_up(make_app, add_task, events, late):
     assert "hangs did not load in 0.3 s." in answer.json["error"]["message"]
     assert state(client, "hangs") == "defunct"
     gate.set()
-
-    def held():
-        return client.get("/readyz").json["engines"][0]["memory"]["cpu"]["held_bytes"]
-
-    wait_for(lambda: held() == 0)  # what it loaded late is let go
+    wait_for(lambda: held_bytes(client) == 0)  # what it loaded late is let go
     assert [what for what, _ in events] == (["load", "unload"] if late == "loads" else [])

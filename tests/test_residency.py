@@ -74,6 +74,11 @@ def state(client, model_id):
     return client.get(f"/crane/models/{model_id}").json["state"]
 
 
+def held_bytes(client):
+    """The bytes that models hold in main memory."""
+    return client.get("/readyz").json["engines"][0]["memory"]["cpu"]["held_bytes"]
+
+
 def loads(events):
     return [name for what, name in events if what == "load"]
 
@@ -479,7 +484,7 @@ def test_entries_that_share_weights_leave_and_come_back_together(make_app, add_t
     for _ in range(2):
         for name in "ab":
             assert run(client, name).status_code == 200
-        assert client.get("/readyz").json["engines"][0]["memory"]["cpu"]["held_bytes"] == MB
+        assert held_bytes(client) == MB
         assert order(client, "b", "unload").json["state"] == "unloaded"
         assert state(client, "a") == "unloaded"
         assert [what for what, _ in events] == ["load", "beside", "unload", "unload"]

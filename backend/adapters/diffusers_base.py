@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters.base import Adapter, Batch, too_late
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.previews import Previewer
 from backend.adapters.transformers_base import quiet
@@ -114,7 +114,6 @@ class DiffusersAdapter(Adapter):
 
     def unload(self) -> None:
         del self.pipeline, self._scheduler
-        release_memory()
 
     @property
     def denoiser(self) -> torch.nn.Module:

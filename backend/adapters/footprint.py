@@ -123,11 +123,12 @@ def _in_memory(size: int, stored: str, dtype: str) -> int:
 
 def count(adapter: object) -> int:
     """The bytes of all weights that an adapter has, each counted once."""
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if "torch" not in sys.modules:
         return 0
+    import torch
+
     sizes: dict[int, int] = {}
-    for tensor in _tensors(adapter, torch):
+    for tensor in tensors(adapter):
         if tensor.layout is not torch.strided:  # such as oneDNN's, which has no storage to see
             sizes[id(tensor)] = tensor.numel() * tensor.itemsize
             continue
@@ -136,9 +137,14 @@ def count(adapter: object) -> int:
     return sum(sizes.values())
 
 
-def _tensors(root: object, torch: Any) -> Iterator[Any]:
+def tensors(adapter: object) -> Iterator[Any]:
+    """The tensors that an adapter has."""
+    if "torch" not in sys.modules:
+        return
+    import torch
+
     seen: set[int] = set()
-    left: list[Any] = [vars(root)]
+    left: list[Any] = [vars(adapter)]
     while left:
         value = left.pop()
         if id(value) in seen:

@@ -8,7 +8,7 @@ from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.generic_calls import CALLS
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.plain import plain
 from backend.adapters.transformers_base import quiet
@@ -71,7 +71,6 @@ class GenericPipeline(Adapter):
 
     def unload(self) -> None:
         del self.pipeline
-        release_memory()
 
     def size(self, value: Any, options: Mapping[str, Any]) -> int:
         return 1  # nothing is padded

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.recognition_ctc import CtcListener
 from backend.adapters.recognition_whisper import WhisperListener
@@ -73,7 +73,6 @@ class SpeechRecognizer(Adapter):
 
     def unload(self) -> None:
         del self._listener
-        release_memory()
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         if faults := self._listener.faults(batch.options):

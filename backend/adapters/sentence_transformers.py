@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.transformers_base import quiet, too_long
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
@@ -37,7 +37,6 @@ class SentenceTransformersAdapter(Adapter):
 
     def unload(self) -> None:
         del self.model
-        release_memory()
 
     def forward(self, inputs: list[Any]) -> tuple[dict[str, Any], list[int]]:
         """Run the model once on all inputs; return its outputs and each input's tokens."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.own_draws import own_draws
 from backend.adapters.sound_models import Bark, MusicGen, Prompt, SoundModel, SpeechT5, Vits
 from backend.adapters.transformers_base import quiet, too_long
@@ -61,7 +61,6 @@ class SoundMaker(Adapter):
 
     def unload(self) -> None:
         del self.model
-        release_memory()
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         try:

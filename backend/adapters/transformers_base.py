@@ -6,7 +6,7 @@ import logging
 from typing import Any, ClassVar
 
 from backend.adapters.base import Adapter
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.errors import InvalidRequest
 
@@ -45,7 +45,6 @@ class TransformersAdapter(Adapter):
 
     def unload(self) -> None:
         del self.model, self.tokenizer
-        release_memory()
 
     def count_tokens(self, texts: list[str], pairs: list[str] | None = None) -> list[int]:
         encoded = self.tokenizer(texts, pairs, add_special_tokens=True, verbose=False)

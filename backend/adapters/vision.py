@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
-from backend.adapters.hub import find_weights, pick_device, release_memory
+from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.transformers_base import quiet
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
@@ -52,7 +52,6 @@ class PictureModel(Adapter):
 
     def unload(self) -> None:
         del self.model, self.processor
-        release_memory()
 
     def size(self, value: Any, options: Mapping[str, Any]) -> int:
         # Pictures of all sizes are resized to about as many pixels.

@@ -6,12 +6,14 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum, auto
 from typing import Any
 
+from backend.adapters import footprint
 from backend.adapters.base import Adapter, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
@@ -296,7 +298,7 @@ class Worker:
                 with LoadWatch(adapter.weight_files) as self._watch:
                     self._load_in_time(adapter)
             if self.state is State.DEFUNCT:  # it was given up, and did load after all
-                adapter.unload()
+                self._let_go([adapter])
                 self._residency.give_back(self)
                 return False
             self._size = device, adapter.footprint()
@@ -377,11 +379,17 @@ class Worker:
     def _unload(self) -> None:
         # What comes from now on waits for the next load.
         self.state = State.UNLOADED
-        for adapter in self._runner.loaded():
-            adapter.unload()
-        self._renew()
+        self._let_go(self._runner.loaded())
         self._residency.give_back(self)
         logger.info("%s unloaded", self.model_id)
+
+    def _let_go(self, adapters: list[Adapter]) -> None:
+        """Give back the memory of adapters that have loaded."""
+        weights = [weakref.ref(one) for adapter in adapters for one in footprint.tensors(adapter)]
+        while adapters:
+            adapters.pop().unload()
+        self._renew()
+        release_memory(weights)
 
     def _renew(self) -> None:
         """Take new adapters, that have nothing of the last load."""
