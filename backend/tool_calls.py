@@ -15,6 +15,47 @@ class Call(TypedDict):
     arguments: dict[str, Any]
 
 
+def to_call(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The tools of a chat's input one of which has to be called; none where it need not be."""
+    choice = value.get("tool_choice", "auto")
+    if choice == "auto":
+        return []
+    wanted = None if choice == "required" else choice["name"]
+    return [tool for tool in value["tools"] if wanted in (None, tool["function"]["name"])]
+
+
+def schema_of_a_call(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON schema of a call of one of these tools, in the first form of ``read_calls``."""
+    calls, parameters = [], {}
+    for place, tool in enumerate(tools):
+        function = tool["function"]
+        at = f"#/$defs/{place}"
+        nothing = {"properties": {}, "additionalProperties": False}
+        own = _moved(function.get("parameters") or nothing, at)
+        parameters[str(place)] = {**own, "type": "object"}
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": at}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": calls, "$defs": parameters}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema with what it says of its own parts, now that it is part of another."""
+    if isinstance(schema, list):
+        return [_moved(one, to) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {name: _moved(one, to) for name, one in schema.items()}
+    if isinstance(part := moved.get("$ref"), str) and part.startswith("#"):
+        moved["$ref"] = to + part[1:]
+    return moved
+
+
 def read_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> list[Call]:
     """The calls that a text is; none where it is not whole, or not all of tools that are offered.
 

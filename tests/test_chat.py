@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -401,6 +402,74 @@ def test_parameters_of_any_depth_are_refused(refused):
     assert "deeper" in refused(asked(tools=tool(name="a", parameters=NESTED)))["input"]
 
 
+# A tool that has to be called.
+
+PLACE = {"type": "object", "properties": {"city": {"enum": ["Köln", "Rom"]}}, "required": ["city"]}
+ROUTE = {
+    "$defs": {"place": PLACE},
+    "properties": {
+        "from": {"$ref": "#/$defs/place"},
+        "stops": {"type": "array", "items": {"$ref": "#/$defs/place"}, "maxItems": 2},
+        "fast": {"type": "boolean"},
+    },
+    "required": ["from", "fast"],
+    "additionalProperties": False,
+}
+DEEP = [*TOOLS, {"type": "function", "function": {"name": "route", "parameters": ROUTE}}]
+
+
+def has_to(choice, *more, tools=DEEP):
+    return {**asked(*more, tools=tools), "tool_choice": choice}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("choice", ["required", {"name": "route"}, {"name": "clock"}])
+def test_a_tool_is_called_as_its_schema_says_whatever_its_model_would_write(
+    chat, stream, refused, model, choice
+):
+    if model == "shared-llama":
+        assert "input.tools" in refused(has_to(choice), model)
+        return
+    for seed in range(8):
+        options = {"temperature": 2, "seed": seed, "max_tokens": 60 + 40 * seed}
+        output, metadata = chat(has_to(choice), model, **options)
+        [call] = metadata["tool_calls"]
+        assert (output, metadata["finish_reason"]) == ("", "stop")
+        assert choice == "required" or call["name"] == choice["name"]
+        parameters = {"route": ROUTE, "weather": PARAMETERS, "clock": {"maxProperties": 0}}
+        jsonschema.validate(call["arguments"], parameters[call["name"]])
+        *said, told = stream(has_to(choice), model, **options)
+        assert said == ["", "", ""]
+        assert told["tool_calls"] == metadata["tool_calls"]
+
+
+def test_a_tool_need_not_be_called_where_it_may(chat):
+    assert chat(has_to("auto", tools=TOOLS))[0] == "Let me look."
+
+
+@pytest.mark.parametrize(
+    ("input", "options", "at"),
+    [
+        ({**asked(), "tool_choice": "required"}, {}, "input.tool_choice"),
+        (has_to("none"), {}, "input.tool_choice"),
+        (has_to(["route"]), {}, "input.tool_choice"),
+        (has_to({"name": "rute"}), {}, "input.tool_choice.name"),
+        (has_to({}), {}, "input.tool_choice.name"),
+        (has_to("required"), {"max_tokens": 5}, "options.max_tokens"),
+        (has_to("required"), {"min_tokens": 5}, "options.min_tokens"),
+        (has_to("required"), {"num_beams": 2}, "options.num_beams"),
+        (has_to("required"), {"response_format": {"type": "json_object"}},
+         "options.response_format"),
+        (has_to("required", tools=tool(name="a", parameters={"$ref": "#/$defs/b"})), {},
+         "input.tool_choice"),
+        (has_to("required", tools=tool(name="a", parameters={"not": {}})), {},
+         "input.tool_choice"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_cannot_be_kept_to_is_refused(refused, input, options, at):
+    assert at in refused(input, **options)
+
+
 # OpenAI's door.
 
 
@@ -430,6 +499,17 @@ def test_what_openais_clients_say_of_tools_and_mean_nothing_by_is_taken(post):
     assert read(post(tools=tools)).choices[0].finish_reason == "tool_calls"
     off = read(post(tools=tools, tool_choice="none")).choices[0]
     assert (off.finish_reason, off.message.content) == ("stop", YES)
+
+
+def test_openais_callers_can_have_a_tool_called(post):
+    choice = {"type": "function", "function": {"name": "route"}}
+    answer = read(post(tools=DEEP, tool_choice=choice, parallel_tool_calls=False, max_tokens=200))
+    assert answer.choices[0].finish_reason == "tool_calls"
+    [call] = answer.choices[0].message.tool_calls
+    assert call.function.name == "route"
+    jsonschema.validate(json.loads(call.function.arguments), ROUTE)
+    wrong = post(tools=DEEP, tool_choice={"type": "function", "function": {"name": "a"}})
+    assert (wrong.status_code, wrong.json["error"]["param"]) == (400, "tool_choice.function.name")
 
 
 def test_openais_callers_can_answer_a_call(post):

@@ -100,8 +100,9 @@ def test_tools_and_what_they_said_are_passed_on(ask):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
@@ -112,6 +113,20 @@ def test_what_no_tool_can_be_told_is_refused(ask, body, param):
     with pytest.raises(InvalidRequest) as refused:
         ask(**body)
     assert param in refused.value.details
+
+
+@pytest.mark.parametrize(
+    ("choice", "ours"),
+    [
+        ("required", "required"),
+        ({"type": "function", "function": {"name": "weather"}}, {"name": "weather"}),
+    ],
+)
+def test_a_tool_that_has_to_be_called_is_passed_on(ask, choice, ours):
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    asked = ask(tools=[strict], tool_choice=choice, parallel_tool_calls=False)
+    assert asked.input == {"messages": TOLD, "tools": [WEATHER], "tool_choice": ours}
+    assert TASKS["chat"].input.deserialize(asked.input) == asked.input
 
 
 @pytest.mark.parametrize("arguments", ["", "{", "[]", "NaN", 5, {}])

@@ -7,7 +7,13 @@ from typing import Any
 
 from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit
 from backend.adapters.generation import CausalGenerator
-from backend.replies import Reply
+from backend.adapters.grammar import Form
+from backend.errors import InvalidRequest
+from backend.replies import Marks, Reply
+from backend.tool_calls import schema_of_a_call, to_call
+
+# What a text that is a call and no more cannot have.
+BEYOND_A_CALL = {"response_format": None, "min_tokens": 0, "num_beams": 1}
 
 
 class Chat(CausalGenerator):
@@ -37,7 +43,18 @@ class Chat(CausalGenerator):
             raise does_not_suit(error) from None
         return ids
 
+    def form(self, value: Any, options: Mapping[str, Any]) -> Form | None:
+        if not (tools := to_call(value)):
+            return super().form(value, options)
+        for name, idle in BEYOND_A_CALL.items():
+            if options[name] != idle:
+                fault = "cannot be set where a tool has to be called"
+                raise InvalidRequest.of({f"options.{name}": fault})
+        return Form(schema_of_a_call(tools), "input.tool_choice")
+
     def reply(self, value: Any, prompt: list[int]) -> Reply | None:
+        if tools := to_call(value):
+            return Reply(Marks(bare_calls=True), tools=tools)
         return self._template.reply(value, prompt)
 
     def size(self, value: Any, options: Mapping[str, Any]) -> int:

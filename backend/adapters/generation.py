@@ -12,7 +12,7 @@ from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
-from backend.adapters.grammar import Grammars
+from backend.adapters.grammar import Form, Grammars
 from backend.adapters.packing import pack_linears
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slot_trial import layout_of
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Of the memory that is free: for the texts that are being written, as it is when they begin, and
 # for the beginnings of prompts that are kept, as it is when the model loads.
 CACHE_OF_FREE, PREFIXES_OF_FREE = 0.5, 0.05
+NOT_IN_ONE_GO = "cannot be set for this model, whose texts are written in one go"
 
 
 class Generator(TransformersAdapter):
@@ -39,6 +40,13 @@ class Generator(TransformersAdapter):
     def reply(self, value: Any, prompt: list[int]) -> Reply | None:
         """What takes apart what is written for an input; None where all of it is the output."""
         return None
+
+    def form(self, value: Any, options: Mapping[str, Any]) -> Form | None:
+        """What the text for an input is kept to; raises ``InvalidRequest``."""
+        wanted = options.get("response_format")
+        if wanted is None:
+            return None
+        return Form(wanted.get("schema", {"type": "object"}), "options.response_format")
 
     def encode(self, value: Any, options: Mapping[str, Any], **how: Any) -> list[int]:
         """An input's tokens; raises ``InvalidRequest``."""
@@ -56,8 +64,7 @@ class Generator(TransformersAdapter):
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         if beyond := [n for n, idle in OF_TOKENS.items() if batch.options.get(n, idle) != idle]:
-            fault = "cannot be set for this model, whose texts are written in one go"
-            return [InvalidRequest.of({f"options.{beyond[0]}": fault})] * len(batch)
+            return [InvalidRequest.of({f"options.{beyond[0]}": NOT_IN_ONE_GO})] * len(batch)
         results: dict[int, Prediction | CraneError] = {}
         prompts: dict[int, list[int]] = {}
         cut: set[int] = set()
@@ -65,6 +72,9 @@ class Generator(TransformersAdapter):
             read = self.read(value, batch.options)
             if isinstance(read, CraneError):
                 results[index] = read
+                continue
+            if form := self.form(value, batch.options):
+                results[index] = form.refused(NOT_IN_ONE_GO)
                 continue
             prompts[index], was_cut = read
             if was_cut:
@@ -270,9 +280,10 @@ class CausalGenerator(Generator):
         if isinstance(read, CraneError):
             return read
         prompt, cut = read
-        room, wanted = self.room(prompt, options), options["response_format"]
+        room = self.room(prompt, options)
         try:
-            constraint = self._grammars.start(wanted, room) if wanted else None
+            form = self.form(entry.input, options)
+            constraint = self._grammars.start(form, room) if form else None
         except InvalidRequest as error:
             return error
         return Text(
@@ -286,7 +297,7 @@ class CausalGenerator(Generator):
                 room=room,
                 tell=entry.tell if entry.listens else None,
                 # What is kept to a format is all of it content.
-                reply=None if wanted else self.reply(entry.input, prompt),
+                reply=None if options["response_format"] else self.reply(entry.input, prompt),
             ),
             sampling=Sampling(
                 options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from backend.errors import InvalidRequest
 if TYPE_CHECKING:
     import torch
 
-FIELD = "options.response_format"
 MOST_KEPT = 16  # grammars of a model; an ordinary one takes some milliseconds to make
 MOST_ENDING = 1024  # tokens that a document may need at least
 # What may stand between two parts of a document: else a model may write blanks without end.
@@ -23,6 +23,17 @@ BLANKS = r"[ ]?|\n[ ]{0,20}"
 # short as can be, and a text that has to be so long is letters.
 CLOSERS = ("}", "]", '"', ",", ":", "0", "1", "n", "t", "[", "{", "a")
 WITHIN_TEXT = 3  # where each of the first ones may follow, it is a text that has to be closed
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a text is kept to, and the field of the call that asks for it."""
+
+    schema: Mapping[str, Any]
+    at: str
+
+    def refused(self, fault: str) -> InvalidRequest:
+        return InvalidRequest.of({self.at: fault})
 
 
 class Grammars:
@@ -36,36 +47,35 @@ class Grammars:
         self._library: Any = None
         self._kept: OrderedDict[bytes, Any] = OrderedDict()
 
-    def start(self, wanted: Mapping[str, Any], room: int) -> Constraint:
-        """Keep a text to ``{"type": "json_object"}``, or to a ``json_schema`` with its ``schema``.
+    def start(self, form: Form, room: int) -> Constraint:
+        """Keep a text to a form.
 
-        Raises ``InvalidRequest`` for a schema that cannot be kept to, also not in so many tokens.
+        Raises ``InvalidRequest`` for one that cannot be kept to, also not in so many tokens.
         """
         from llguidance import LLMatcher
 
-        key = orjson.dumps(wanted)
+        key = orjson.dumps(form.schema)
         if key not in self._kept:
-            schema = wanted["schema"] if wanted["type"] == "json_schema" else {"type": "object"}
             grammar = LLMatcher.grammar_from_json_schema(
-                schema, overrides={"whitespace_pattern": BLANKS}
+                dict(form.schema), overrides={"whitespace_pattern": BLANKS}
             )
-            matcher = LLMatcher(self._known_tokens(), grammar, log_level=0)
+            matcher = LLMatcher(self._known_tokens(form), grammar, log_level=0)
             if matcher.is_error():
-                raise refused(f"cannot be kept to: {matcher.get_error()[:200]}")
+                raise form.refused(f"cannot be kept to: {matcher.get_error()[:200]}")
             self._kept[key] = matcher
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return Constraint(self, self._kept[key].deep_copy(), room)
+        return Constraint(self, self._kept[key].deep_copy(), form, room)
 
-    def _known_tokens(self) -> Any:
+    def _known_tokens(self, form: Form) -> Any:
         import llguidance.hf
         from llguidance import LLTokenizer, TokenizerWrapper
 
         if self._library is not None:
             return self._library
         if not self.ends:
-            raise refused("is not for a model that has no token for the end")
+            raise form.refused("is not for a model that has no token for the end")
         decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
         try:
             if type(decoder).__name__ == "Metaspace":  # which the library does not know by itself
@@ -75,7 +85,8 @@ class Grammars:
                 library = llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self.ends)
             self.closers = [token for text in CLOSERS for token in library.tokenize_str(text)[:1]]
         except ValueError:
-            raise refused("is not for a model whose tokens are no pieces of text") from None
+            fault = "is not for a model whose tokens are no pieces of text"
+            raise form.refused(fault) from None
         self._library = library
         return library
 
@@ -87,7 +98,7 @@ class Constraint:
     after which it would be is not written, but the next one of that way.
     """
 
-    def __init__(self, grammars: Grammars, matcher: Any, room: int) -> None:
+    def __init__(self, grammars: Grammars, matcher: Any, form: Form, room: int) -> None:
         self._ends = grammars.ends
         self._closers = grammars.closers
         self._matcher = matcher
@@ -95,9 +106,9 @@ class Constraint:
         self.done = False
         ending = self._shortest(matcher.deep_copy(), MOST_ENDING)
         if ending is None:
-            raise refused(f"has no document of less than {MOST_ENDING} tokens")
+            raise form.refused(f"has no document of less than {MOST_ENDING} tokens")
         if len(ending) > room:
-            fault = f"is too few for {FIELD}, which needs {len(ending)}"
+            fault = f"is too few for {form.at}, which needs {len(ending)}"
             raise InvalidRequest.of({"options.max_tokens": fault})
         self._ending = ending
 
@@ -175,7 +186,3 @@ class _Pieces:
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = self._encode(text, add_special_tokens=False)
         return ids
-
-
-def refused(fault: str) -> InvalidRequest:
-    return InvalidRequest.of({FIELD: fault})

@@ -12,7 +12,7 @@ from marshmallow import ValidationError, validates_schema
 
 from backend.engine.calls import Event
 from backend.openai.base import Nullable, Only, Option, Order, Route, each, in_body
-from backend.openai.messages import Message, Tool, input_of
+from backend.openai.messages import Message, Tool, ToolChoice, input_of
 from backend.openai.streaming import Style, chunks_of
 from backend.openai.writing import Writing, facts, head, usage
 from backend.registry import ModelSpec
@@ -77,8 +77,8 @@ class ChatBody(Writing):
     reasoning_effort = Effort("thinking")
     chat_template_kwargs = TemplateOption("thinking")
     tools = ListOf(ObjectOf(Tool), low=1, high=128)
-    tool_choice = Only("none", "auto")
-    parallel_tool_calls = Only(True)
+    tool_choice = ToolChoice()
+    parallel_tool_calls = Boolean()
     modalities = Only(["text"])
     metadata = AnyObject()  # labels of what is stored, and nothing is
     store = Only(False)
@@ -91,6 +91,15 @@ class ChatBody(Writing):
             raise ValidationError({"top_logprobs": ["is for a call with logprobs: true"]})
         if "tool_choice" in data and "tools" not in data:
             raise ValidationError({"tool_choice": ["is for a call with tools"]})
+        if data.get("tool_choice", "auto") not in ("none", "auto"):
+            return  # one tool is called, and as its schema says
+        where = "can only be so where tool_choice has a tool called"
+        if data.get("parallel_tool_calls") is False:
+            raise ValidationError({"parallel_tool_calls": [where]})
+        for place, tool in enumerate(data.get("tools", [])):
+            if tool["function"].get("strict"):
+                fault = {"function": {"strict": [where]}}
+                raise ValidationError({"tools": {place: fault}})
 
 
 def ask(body: dict[str, Any], spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
@@ -112,6 +121,7 @@ def at(path: str, order: Order) -> str:
     if path == "input":
         return "n" if order.batched else "messages"
     path = in_body(path.replace(path.split(".")[0], "input", 1), "messages")
+    path = path.replace("tool_choice.name", "tool_choice.function.name")
     path = re.sub(r"(\.tool_calls\[\d+\])\.(name|arguments)", r"\1.function.\2", path)
     return path.removesuffix(".image") + ".image_url.url" if path.endswith(".image") else path
 

@@ -11,7 +11,7 @@ from marshmallow import ValidationError, validates_schema
 from backend.errors import InvalidRequest, did_you_mean
 from backend.openai.base import Nullable, Only
 from backend.registry import ModelSpec
-from backend.schemas import AnyObject, Choice, ListOf, ObjectOf, StrictField, Text
+from backend.schemas import AnyObject, Boolean, Choice, ListOf, ObjectOf, StrictField, Text
 
 # Roles in OpenAI's words that are others in ours.
 _ROLES = {"developer": "system"}
@@ -47,12 +47,36 @@ class Function(Nullable):
     name = Text(required=True)
     description = Text(blank=True)
     parameters = AnyObject()
-    strict = Only(False)
+    strict = Boolean()
 
 
 class Tool(Nullable):
     type = Choice(["function"], required=True)
     function = ObjectOf(Function, required=True)
+
+
+class NamedFunction(Nullable):
+    name = Text(required=True)
+
+
+class NamedTool(Nullable):
+    type = Choice(["function"], required=True)
+    function = ObjectOf(NamedFunction, required=True)
+
+
+class ToolChoice(StrictField):
+    """A word, or the one tool that is to be called."""
+
+    type_name = "string or object"
+    expected = "'none', 'auto', 'required' or an object that names a function"
+    named = ObjectOf(NamedTool)
+
+    def accepts(self, value: Any) -> bool:
+        return value in ("none", "auto", "required") or type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        return value if type(value) is str else self.named.deserialize(value)
 
 
 class TextPart(Nullable):
@@ -124,7 +148,11 @@ def input_of(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     messages = [_message(one, f"messages[{i}]", sees) for i, one in enumerate(body["messages"])]
     if "tools" not in body or body.get("tool_choice") == "none":
         return {"messages": messages}
-    return {"messages": messages, "tools": [_tool(one) for one in body["tools"]]}
+    input_ = {"messages": messages, "tools": [_tool(one) for one in body["tools"]]}
+    choice = body.get("tool_choice", "auto")
+    if choice == "auto":
+        return input_
+    return {**input_, "tool_choice": choice if type(choice) is str else choice["function"]}
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:

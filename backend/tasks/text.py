@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from marshmallow import ValidationError, pre_load, validates_schema
 
-from backend.errors import InvalidRequest
+from backend.errors import InvalidRequest, did_you_mean
 from backend.schemas import (
     AnyObject,
     Boolean,
@@ -257,8 +257,7 @@ class Message(StrictSchema):
             raise ValidationError({name: [fault] for name, fault in faults.items()})
 
 
-class ChatInput(StrictSchema):
-    messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
+class ToolsInput(StrictSchema):
     tools = ListOf(ObjectOf(Tool), low=1, high=128)
 
     @validates_schema
@@ -270,6 +269,42 @@ class ChatInput(StrictSchema):
             if name in names[:place]
         }:
             raise ValidationError({"tools": faults})
+
+
+class NamedTool(StrictSchema):
+    name = ToolName(required=True)
+
+
+class ToolChoice(StrictField):
+    """Whether a tool has to be called, and which."""
+
+    type_name = "string or object"
+    expected = """'auto', 'required' or {"name": …}"""
+    named = ObjectOf(NamedTool)
+
+    def accepts(self, value: Any) -> bool:
+        return value in ("auto", "required") or type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        return value if type(value) is str else self.named.deserialize(value)
+
+
+class ChatInput(ToolsInput):
+    messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
+    tool_choice = ToolChoice()
+
+    @validates_schema
+    def _has_what_is_chosen(self, data: dict[str, Any], **kwargs: Any) -> None:
+        choice = data.get("tool_choice", "auto")
+        if choice == "auto":
+            return
+        names = [tool["function"]["name"] for tool in data.get("tools", [])]
+        if not names:
+            raise ValidationError({"tool_choice": ["is for an input with tools"]})
+        if choice != "required" and choice["name"] not in names:
+            fault = f"is {choice['name']!r}: {did_you_mean(choice['name'], names)}"
+            raise ValidationError({"tool_choice": {"name": [fault]}})
 
 
 SUMMARIZATION = Task(

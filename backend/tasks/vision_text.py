@@ -20,7 +20,7 @@ from backend.schemas import (
 )
 from backend.tasks.base import TRUNCATE, Options, Task, about
 from backend.tasks.examples import PICTURE
-from backend.tasks.text import ChatInput, GenerationOptions, Message, ThinkingOptions
+from backend.tasks.text import GenerationOptions, Message, ThinkingOptions, ToolsInput
 
 
 class PictureTextOptions(GenerationOptions):
@@ -91,7 +91,7 @@ class PictureMessage(Message):
     content = ContentField()
 
 
-class PictureChatInput(ChatInput):
+class PictureChatInput(ToolsInput):
     messages = ListOf(ObjectOf(PictureMessage), low=1, high=1000, required=True)
 
 
