@@ -17,7 +17,7 @@ from backend.adapters import continuous, prefixes, slots
 from backend.adapters.base import Prediction, too_late
 from backend.adapters.echo import Echo
 from backend.adapters.footprint import count
-from backend.adapters.packing import pack_linears
+from backend.adapters.packing import MANY, Packing
 from backend.adapters.prefixes import LEAST, Prefixes
 from backend.adapters.slot_trial import layout_of
 from backend.errors import DeadlineExceeded, InvalidRequest
@@ -127,7 +127,7 @@ def written_by(model, prompts, most=16, **how):
         )
 
     feed = Written(prompts)
-    how = {"most_texts": most, "most_tokens": 10**6} | how
+    how = {"most_texts": most, "most_tokens": 10**6, "before_run": lambda rows: None} | how
     with torch.inference_mode():
         kept = how.pop("kept", None) or Prefixes(10**6)
         batch = continuous.ContinuousBatch(model, model.layout, kept, begin, str, **how)
@@ -602,7 +602,7 @@ def test_packed_weights_give_what_they_gave_and_are_counted():
     ids = torch.tensor([[5, 6, 7, 8]])
     weight = model.lm_head.weight.clone()
     before, size = model(ids).logits, count(SimpleNamespace(model=model))
-    pack_linears(model)
+    Packing(model)
     if isinstance(model.lm_head, torch.nn.Linear):
         pytest.skip("this processor has no kernels for it")
     assert not [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
@@ -612,10 +612,34 @@ def test_packed_weights_give_what_they_gave_and_are_counted():
     assert layout_of(model) is not None
 
 
-def test_float32_weights_are_left_as_they_are():
+def linears(model):
+    return sum(isinstance(part, torch.nn.Linear) for part in model.modules())
+
+
+def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written():
+    model, prompts = model_of("Llama"), prompts_of(MANY)
+    wanted = [alone(model, prompt) for prompt in prompts]
+    layers, packing = linears(model), Packing(model)
+    packing.before_run(MANY - 1)
+    assert linears(model) == layers
+    packing.before_run(MANY)
+    if linears(model) == layers:
+        pytest.skip("this processor has no kernels for it")
+    assert linears(model) == layers - 1
+    for _ in range(3):
+        texts = written_by(model, prompts, most=MANY, before_run=packing.before_run)
+        assert [text.output for text in texts] == wanted
+    assert not linears(model)
+
+
+def test_a_float32_head_that_is_the_embeddings_is_no_copy_of_them(monkeypatch):
+    monkeypatch.setitem(SMALL, "tie_word_embeddings", True)
     model = model_of("Llama")
-    pack_linears(model)
-    assert isinstance(model.lm_head, torch.nn.Linear)
+    size, packing = count(SimpleNamespace(model=model)), Packing(model)
+    for _ in range(100):
+        packing.before_run(MANY)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert count(SimpleNamespace(model=model)) == size
 
 
 def test_penalties_are_taken_off_what_was_written(server):

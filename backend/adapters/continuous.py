@@ -54,17 +54,20 @@ class ContinuousBatch:
         begin: Callable[[Entry], Text | CraneError],
         show: Callable[[int], str],
         *,
+        before_run: Callable[[int], None],
         most_texts: int,
         most_tokens: int,
     ) -> None:
         """``begin`` makes of an input what is to be written, and ``show`` a text of a token.
 
+        ``before_run`` is told how many texts the next run is of.
         ``most_tokens`` is how many the texts that are written at once may have together.
         """
         self._decoder = Decoder(model, layout)
         self._prefixes = prefixes
         self._begin = begin
         self._show = show
+        self._before_run = before_run
         self._most_texts = most_texts
         self._most_tokens = most_tokens
         self._waiting: deque[Text] = deque()
@@ -129,6 +132,7 @@ class ContinuousBatch:
 
     def _run(self, feed: Feed) -> None:
         """Read on, and write the next token of each text that was read."""
+        self._before_run(len(self._texts))
         before = list(self._decoder.lengths)
         scores = self._decoder.run(
             [

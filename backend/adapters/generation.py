@@ -13,7 +13,7 @@ from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
 from backend.adapters.grammar import Form, Grammars
-from backend.adapters.packing import pack_linears
+from backend.adapters.packing import Packing
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slot_trial import layout_of
 from backend.adapters.transformers_base import TransformersAdapter
@@ -239,7 +239,7 @@ class CausalGenerator(Generator):
 
     def load(self) -> None:
         super().load()
-        pack_linears(self.model)
+        self._packing = Packing(self.model)
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
         self._layout = layout_of(self.model)
         self._grammars = Grammars(self.tokenizer, self.ends)
@@ -269,6 +269,7 @@ class CausalGenerator(Generator):
                 self._prefixes,
                 self._begin,
                 self.tokenizer.decode,
+                before_run=self._packing.before_run,
                 most_texts=most,
                 most_tokens=self._most_tokens(),
             ).run(feed)
