@@ -17,7 +17,7 @@ from backend.adapters import continuous, prefixes, slots
 from backend.adapters.base import Prediction, too_late
 from backend.adapters.echo import Echo
 from backend.adapters.footprint import count
-from backend.adapters.packing import MANY, Packing
+from backend.adapters.packing import FEW, MANY, PATIENCE, Packing
 from backend.adapters.prefixes import LEAST, Prefixes
 from backend.adapters.slot_trial import layout_of
 from backend.errors import DeadlineExceeded, InvalidRequest
@@ -619,7 +619,7 @@ def linears(model):
 def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written():
     model, prompts = model_of("Llama"), prompts_of(MANY)
     wanted = [alone(model, prompt) for prompt in prompts]
-    layers, packing = linears(model), Packing(model)
+    size, layers, packing = count(SimpleNamespace(model=model)), linears(model), Packing(model)
     packing.before_run(MANY - 1)
     assert linears(model) == layers
     packing.before_run(MANY)
@@ -630,6 +630,18 @@ def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written():
         texts = written_by(model, prompts, most=MANY, before_run=packing.before_run)
         assert [text.output for text in texts] == wanted
     assert not linears(model)
+    packing.before_run(MANY)
+    for _ in range(PATIENCE + layers):
+        assert not linears(model)
+        packing.before_run(FEW + 1)
+    for _ in range(PATIENCE):
+        packing.before_run(FEW)
+    assert not linears(model)
+    for _ in range(5):
+        texts = written_by(model, prompts[:1], before_run=packing.before_run)
+        assert [text.output for text in texts] == wanted[:1]
+    assert linears(model) == layers
+    assert count(SimpleNamespace(model=model)) == size
 
 
 def test_a_float32_head_that_is_the_embeddings_is_no_copy_of_them(monkeypatch):

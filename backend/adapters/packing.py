@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 logger = logging.getLogger("crane.adapters")
 
 ROWS = 16  # that the layout is for; it is as quick with others
-# From so many rows on float32 is quicker so: 16 texts are written in 0.85 to 0.91 of the time, 4 in
-# as much, one in 1.15.
-MANY = 8
+# In float32, 16 texts are written in 0.85 to 0.91 of the time so, 4 in as much, and one in 1.2.
+MANY, FEW = 8, 2
+PATIENCE = 100  # runs of few before layers are as they were: a second, or some, of one text
 
 
 class Packing:
@@ -19,51 +19,60 @@ class Packing:
 
     Otherwise they are brought into it at each run, which for the few rows of a step takes longer
     than to multiply: in bfloat16 a Llama of 33 million weights writes 1.2 to 1.4 times as many
-    tokens. It is what torch.compile does with frozen weights, and needs no compiler.
+    tokens. It is what torch.compile does with frozen weights, and needs no compiler. A head that is
+    one with the embeddings is a copy from then on.
 
     In bfloat16 it is done at once, so that a text does not depend on what was written before it. In
     float32 the model stays as it was loaded, which takes no time as its weights are mapped from
-    their file, until many texts are written at once.
+    their file, until many texts are written at once; and becomes so again when there are few.
     """
 
     def __init__(self, model: Any) -> None:
         import torch
 
-        self._left: Iterator[None] = iter(())
-        if model.device.type != "cpu":
+        self._places: list[tuple[Any, str]] = []  # of layers: their module, and name in it
+        self._packed = 0  # so many of them, the first ones
+        self._runs_of_few = 0
+        if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
             return
-        if model.dtype == torch.bfloat16:
-            for _ in _pack(model):
-                pass
-        elif model.dtype == torch.float32:
-            self._left = _pack(model, besides=model.get_input_embeddings().weight)
+        at_once = model.dtype == torch.bfloat16
+        # What is packed later would be more than the model was counted with.
+        besides = None if at_once else model.get_input_embeddings().weight
+        self._places = [
+            (module, name)
+            for module in model.modules()
+            for name, child in module.named_children()
+            if type(child) is torch.nn.Linear
+            and type(child.weight.data) is torch.Tensor
+            and child.weight is not besides
+        ]
+        while at_once and self._packed < len(self._places):
+            self._pack()
 
     def before_run(self, rows: int) -> None:
-        """Pack one layer more if it pays: all of them would keep the texts waiting."""
-        if rows >= MANY:
-            next(self._left, None)
+        """Pack one layer more, or one less, if it pays: all at once would keep texts waiting."""
+        self._runs_of_few = self._runs_of_few + 1 if rows <= FEW else 0
+        if rows >= MANY and self._packed < len(self._places):
+            self._pack()
+        elif self._runs_of_few > PATIENCE and self._packed:
+            self._unpack()
+
+    def _pack(self) -> None:
+        module, name = self._places[self._packed]
+        try:
+            setattr(module, name, _packed_class()(getattr(module, name)))
+            self._packed += 1
+        except (AttributeError, RuntimeError) as error:  # another processor, or another torch
+            logger.info("linear layers are as they were: %s", error)
+            del self._places[self._packed :]
+
+    def _unpack(self) -> None:
+        self._packed -= 1
+        module, name = self._places[self._packed]
+        setattr(module, name, getattr(module, name).plain())
 
 
-def _pack(model: Any, besides: Any = None) -> Iterator[None]:
-    """Pack one layer each time, none whose weights are ``besides``.
-
-    A head that is one with the embeddings is a copy from then on.
-    """
-    import torch
-
-    packed = _packed_class()
-    try:
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is not torch.nn.Linear or child.weight is besides:
-                    continue
-                if type(child.weight.data) is torch.Tensor:
-                    setattr(module, name, packed(child))
-                    yield
-    except (AttributeError, RuntimeError) as error:  # another processor, or another torch
-        logger.info("linear layers are as they were: %s", error)
-
-
+@cache
 def _packed_class() -> Any:
     import torch
 
@@ -79,6 +88,13 @@ def _packed_class() -> Any:
         @property
         def weight(self) -> torch.Tensor:
             return self.packed.to_dense()
+
+        def plain(self) -> torch.nn.Linear:
+            sizes = self.in_features, self.out_features
+            linear = torch.nn.Linear(*sizes, bias=self.bias is not None, device="meta")
+            linear.weight = torch.nn.Parameter(self.weight, requires_grad=False)
+            linear.bias = self.bias
+            return linear
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             run = torch.ops.mkldnn._linear_pointwise
