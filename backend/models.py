@@ -21,7 +21,7 @@ from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
 from backend.registry import Registry
-from backend.schemas import check_depth, check_text, load
+from backend.schemas import TOO_DEEP, check_text, is_deep, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
 
@@ -193,7 +193,8 @@ class Asked:
 
 def load_inputs(config: Config, task: Task, input_: Any, reading: Reading) -> list[Any]:
     """The inputs of a call, their media read: each item of a list, else the one input."""
-    check_depth(input_, at="input")
+    if is_deep(input_):
+        raise InvalidRequest.of({"input": TOO_DEEP})
     if type(input_) is not list:
         loaded = load(task.input, input_, "input")
         check_text(loaded, max_text=config.max_text, at="input")

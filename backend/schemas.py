@@ -17,6 +17,7 @@ from backend.config import seconds_of
 from backend.errors import InvalidRequest, did_you_mean
 
 MAX_DEPTH = 64  # levels of nesting; no task's input needs ten, and msgpack refuses 512
+TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels"
 
 
 def kind(value: Any) -> str:
@@ -177,6 +178,8 @@ class AnyObject(StrictField):
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         value = super()._deserialize(value, attr, data, **kwargs)
+        if is_deep(value):
+            raise ValidationError(TOO_DEEP)
         if self.high is not None and (size := len(orjson.dumps(value))) > self.high:
             raise ValidationError(f"has {size} bytes as JSON; at most {self.high} are allowed")
         return value
@@ -237,6 +240,30 @@ class ObjectOf(StrictField):
         return self.schema.load(super()._deserialize(value, attr, data, **kwargs))
 
 
+class ByType(StrictField):
+    """An object whose other fields are those that its ``type`` has."""
+
+    type_name = "object"
+    expected = "an object"
+
+    def __init__(self, types: Mapping[str, type[StrictSchema]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.types = {name: schema() for name, schema in types.items()}
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is dict
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        name = value.get("type")
+        if type(name) is not str:
+            raise ValidationError({"type": [f"must be {' or '.join(map(repr, self.types))}"]})
+        if name not in self.types:
+            fault = f"is {name[:80]!r}: {did_you_mean(name, [*self.types])}"
+            raise ValidationError({"type": [fault]})
+        return self.types[name].load(value)
+
+
 class RunRequest(StrictSchema):
     """The body of ``POST /crane/run``."""
 
@@ -277,13 +304,15 @@ def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at or "body", str(messages)
 
 
-def check_depth(value: Any, *, at: str, depth: int = 0) -> None:
-    """Refuse nesting past ``MAX_DEPTH``."""
+def is_deep(value: Any, depth: int = 0) -> bool:
+    """Whether a value is nested past ``MAX_DEPTH``."""
     if depth > MAX_DEPTH:
-        raise InvalidRequest.of({at: f"is nested deeper than {MAX_DEPTH} levels"})
-    if type(value) in (list, dict):
-        for one in value.values() if type(value) is dict else value:
-            check_depth(one, at=at, depth=depth + 1)
+        return True
+    if type(value) not in (list, dict):
+        return False
+    return any(
+        is_deep(one, depth + 1) for one in (value.values() if type(value) is dict else value)
+    )
 
 
 def check_text(value: Any, *, max_text: int, at: str) -> None:

@@ -709,6 +709,9 @@ def test_a_document_that_just_fits_is_whole(server):
     assert answer["metadata"]["finish_reason"] == "stop"
 
 
+DEEP = json.loads('{"not":' * 70 + "{}" + "}" * 70)
+
+
 @pytest.mark.parametrize(
     ("options", "at"),
     [
@@ -720,6 +723,10 @@ def test_a_document_that_just_fits_is_whole(server):
         ),
         (
             {"response_format": {"type": "json_schema", "schema": []}},
+            "options.response_format.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "schema": DEEP}},
             "options.response_format.schema",
         ),
         ({"response_format": "json"}, "options.response_format"),

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from backend.adapters.grammar import Grammars
+from backend.adapters.grammar import Form, Grammars
 from backend.errors import InvalidRequest
 from tests.checkpoints import checkpoint
 
 __all__ = ["checkpoint"]
 
-OBJECT = {"type": "json_object"}
+OBJECT = {"type": "object"}
 SCHEMAS = {
     "flat": {
         "type": "object",
@@ -69,11 +69,15 @@ def grammars(checkpoint):
     return Grammars(tokenizer, [1]), tokenizer
 
 
-def write(grammars, wanted, room, seed):
+def form(schema):
+    return Form(schema, "options.response_format")
+
+
+def write(grammars, schema, room, seed):
     """A document of random tokens, and how many."""
     grammar, tokenizer = grammars
     draw = torch.Generator().manual_seed(seed)
-    constraint, ids = grammar.start(wanted, room), []
+    constraint, ids = grammar.start(form(schema), room), []
     while not constraint.done:
         scores = torch.randn(len(tokenizer) + 5, generator=draw) * 3
         constraint.mask(scores)
@@ -93,22 +97,17 @@ def test_an_object_always_parses_however_little_room_there_is(grammars, seed):
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_document_satisfies_its_schema_however_little_room_there_is(grammars, name, seed):
-    wanted = {"type": "json_schema", "schema": SCHEMAS[name]}
     with pytest.raises(InvalidRequest) as refusal:
-        grammars[0].start(wanted, 0)
+        grammars[0].start(form(SCHEMAS[name]), 0)
     [fault] = refusal.value.details.values()
     least = int(fault.split()[-1])
-    text, _ = write(
-        grammars, wanted, least + random.Random(seed).choice([0, 1, 2, 7, 30, 90]), seed
-    )
+    room = least + random.Random(seed).choice([0, 1, 2, 7, 30, 90])
+    text, _ = write(grammars, SCHEMAS[name], room, seed)
     jsonschema.validate(json.loads(text), SCHEMAS[name])
 
 
 def test_a_document_that_is_ended_by_the_model_is_left_so(grammars):
-    lengths = {
-        write(grammars, {"type": "json_schema", "schema": SCHEMAS["number"]}, 50, seed)[1]
-        for seed in range(20)
-    }
+    lengths = {write(grammars, SCHEMAS["number"], 50, seed)[1] for seed in range(20)}
     assert len(lengths) > 3
 
 
@@ -130,7 +129,7 @@ def test_a_document_that_is_ended_by_the_model_is_left_so(grammars):
 )
 def test_a_schema_is_refused_or_kept_to_and_neither_takes_long(grammars, schema, fault):
     started = time.monotonic()
-    found = attempt(grammars, {"type": "json_schema", "schema": schema}, 1000)
+    found = attempt(grammars, schema, 1000)
     assert time.monotonic() - started < 20  # it is a second or so; others may use the machine
     if isinstance(found, InvalidRequest):
         assert fault is None or fault in str(found.details)
@@ -139,10 +138,10 @@ def test_a_schema_is_refused_or_kept_to_and_neither_takes_long(grammars, schema,
         jsonschema.validate(json.loads(found), schema)
 
 
-def attempt(grammars, wanted, room):
+def attempt(grammars, schema, room):
     """A document, or its refusal."""
     try:
-        return write(grammars, wanted, room, 1)[0]
+        return write(grammars, schema, room, 1)[0]
     except InvalidRequest as refusal:
         return refusal
 
@@ -150,10 +149,10 @@ def attempt(grammars, wanted, room):
 def test_grammars_are_kept_and_the_oldest_go(grammars):
     kept = grammars[0]._kept
     for place in range(20):
-        grammars[0].start({"type": "json_schema", "schema": {"const": place}}, 50)
+        grammars[0].start(form({"const": place}), 50)
     assert len(kept) == 16
     first = next(iter(kept))
-    grammars[0].start(json.loads(first), 50)
+    grammars[0].start(form(json.loads(first)), 50)
     assert next(iter(kept)) != first
 
 
@@ -170,4 +169,4 @@ def test_a_tokenizer_of_another_kind_is_refused_or_serves(checkpoint, name):
 def test_a_model_without_an_end_is_refused(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
     with pytest.raises(InvalidRequest, match="no token for the end"):
-        Grammars(tokenizer, []).start(OBJECT, 50)
+        Grammars(tokenizer, []).start(form(OBJECT), 50)

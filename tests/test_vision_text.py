@@ -164,10 +164,10 @@ def thinker(make_app, checkpoint):
     ]
     client = make_app(entries).test_client()
 
-    def ask(*more, model="llava_thinker", tools=None, **options):
+    def ask(*more, model="llava_thinker", tools=None, said=None, **options):
         see = [{"type": "image", "image": base64_of(scene(0))}, {"type": "text", "text": "and?"}]
         input = {"messages": [{"role": "user", "content": see}, *more]}
-        input |= {"tools": tools} if tools else {}
+        input |= ({"tools": tools} if tools else {}) | (said or {})
         answer = run(client, model, input, options=options)
         return answer.status_code, answer.json
 
@@ -197,6 +197,8 @@ def test_what_a_model_that_sees_cannot_be_told_is_refused(thinker):
     for how, at in (({"tools": [CLOCK]}, "input.tools"), ({"thinking": True}, "options.thinking")):
         status, answer = thinker(model="llava", **how)
         assert (status, list(answer["error"]["details"])) == (400, [at])
+    status, answer = thinker(tools=[WEATHER], said={"tool_choice": "required"})
+    assert (status, list(answer["error"]["details"])) == (400, ["input.tool_choice"])
 
 
 def test_no_call_or_tool_passes_for_a_picture(thinker):

@@ -8,10 +8,10 @@ from typing import Any
 import orjson
 from marshmallow import ValidationError, validates_schema
 
-from backend.errors import InvalidRequest, did_you_mean
+from backend.errors import InvalidRequest
 from backend.openai.base import Nullable, Only
 from backend.registry import ModelSpec
-from backend.schemas import AnyObject, Boolean, Choice, ListOf, ObjectOf, StrictField, Text
+from backend.schemas import AnyObject, Boolean, ByType, Choice, ListOf, ObjectOf, StrictField, Text
 
 # Roles in OpenAI's words that are others in ours.
 _ROLES = {"developer": "system"}
@@ -94,26 +94,10 @@ class ImagePart(Nullable):
     image_url = ObjectOf(ImageUrl, required=True)
 
 
-_PARTS = {"text": ObjectOf(TextPart), "image_url": ObjectOf(ImagePart)}
-
-
-class Part(AnyObject):
-    """A part of a message: what else it has depends on its ``type``."""
-
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        value = super()._deserialize(value, attr, data, **kwargs)
-        kind = value.get("type")
-        if type(kind) is not str:
-            raise ValidationError({"type": ["must be 'text' or 'image_url'"]})
-        if kind not in _PARTS:
-            raise ValidationError({"type": [f"is {kind[:80]!r}: {did_you_mean(kind, [*_PARTS])}"]})
-        return _PARTS[kind].deserialize(value)
-
-
 class Content(StrictField):
     type_name = "string or list"
     expected = "a string, or a list of parts of type text or image_url"
-    parts = ListOf(Part(), low=1, high=1000)
+    parts = ListOf(ByType({"text": TextPart, "image_url": ImagePart}), low=1, high=1000)
 
     def accepts(self, value: Any) -> bool:
         return type(value) in (str, list)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import orjson
 from marshmallow import ValidationError, pre_load, validates_schema
 
-from backend.errors import InvalidRequest, did_you_mean
+from backend.errors import did_you_mean
 from backend.schemas import (
     AnyObject,
     Boolean,
+    ByType,
     Choice,
     Integer,
     ListOf,
@@ -20,11 +20,10 @@ from backend.schemas import (
     StrictField,
     StrictSchema,
     Text,
-    check_depth,
 )
 from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
 
-MOST_JSON = 65536  # bytes of a tool's parameters, and of the arguments of a call
+MOST_JSON = 65536  # bytes of a schema, and of the arguments of a call
 
 
 class GenerationOptions(Options):
@@ -88,44 +87,32 @@ class GenerationOptions(Options):
             raise ValidationError("must not hold an empty string", "stop")
 
 
-class FormatField(StrictField):
+class Format(StrictSchema):
+    type = Text(required=True)
+
+
+class SchemaFormat(Format):
+    schema = AnyObject(high=MOST_JSON, required=True)
+
+
+class FormatField(ByType):
     """What the text is to be: ``{"type": "json_object"}``, or ``json_schema`` with a ``schema``."""
 
-    type_name = "object"
     expected = "an object, or null"
-
-    def accepts(self, value: Any) -> bool:
-        return type(value) is dict
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         value = super()._deserialize(value, attr, data, **kwargs)
-        wanted = FORMATS.get(str(value.get("type")))
-        if wanted is None:
-            raise ValidationError({"type": [f"must be one of {', '.join(FORMATS)}"]})
-        if beyond := set(value) - wanted:
-            raise ValidationError({str(min(beyond))[:80]: ["is not known here"]})
-        if missing := wanted - set(value):
-            raise ValidationError({missing.pop(): ["is missing"]})
-        if "schema" in value:
-            if type(value["schema"]) is not dict:
-                raise ValidationError({"schema": ["must be an object"]})
-            try:
-                check_depth(value["schema"], at="schema")
-            except InvalidRequest as error:
-                raise ValidationError({at: [why] for at, why in error.details.items()}) from None
-            if len(orjson.dumps(value["schema"])) > MOST_SCHEMA:
-                raise ValidationError({"schema": [f"is larger than {MOST_SCHEMA} bytes"]})
         return None if value["type"] == "text" else value
 
 
-FORMATS = {"text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "schema"}}
-MOST_SCHEMA = 65_536
+FORMATS = {"text": Format, "json_object": Format, "json_schema": SchemaFormat}
 
 
 class TokenOptions(GenerationOptions):
     """Options that look at each token of each text, as it is written; with beams there are many."""
 
     response_format = FormatField(
+        FORMATS,
         load_default=None,
         allow_none=True,
         metadata=about('{"type": "json_object"}, or json_schema and its schema: it always parses'),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from marshmallow import ValidationError
-
-from backend.errors import did_you_mean
 from backend.media.parts import ImageField
 from backend.schemas import (
     Boolean,
+    ByType,
     Choice,
     Integer,
     ListOf,
@@ -44,38 +42,12 @@ class ImagePart(StrictSchema):
     image = ImageField(required=True)
 
 
-class PartField(StrictField):
-    """A part of a message: what else it has depends on its ``type``."""
-
-    type_name = "object"
-    expected = "an object"
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.parts = {"text": TextPart(), "image": ImagePart()}
-
-    def accepts(self, value: Any) -> bool:
-        return type(value) is dict
-
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        value = super()._deserialize(value, attr, data, **kwargs)
-        kind = value.get("type")
-        if type(kind) is not str:
-            raise ValidationError({"type": ["must be 'text' or 'image'"]})
-        if kind not in self.parts:
-            raise ValidationError({"type": [f"is {kind!r}: {did_you_mean(kind, [*self.parts])}"]})
-        return self.parts[kind].load(value)
-
-
 class ContentField(StrictField):
     """A text by itself or a list of parts; either way loaded as the list."""
 
     type_name = "string or list"
     expected = "a string, or a list of parts of type text or image"
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.parts = ListOf(PartField(), low=1, high=100)
+    parts = ListOf(ByType({"text": TextPart, "image": ImagePart}), low=1, high=100)
 
     def accepts(self, value: Any) -> bool:
         return type(value) in (str, list)
