@@ -264,6 +264,31 @@ class ByType(StrictField):
         return self.types[name].load(value)
 
 
+class StringOr(StrictField):
+    """A string, one of ``words`` where there are such, or what another field takes."""
+
+    def __init__(
+        self,
+        other: StrictField,
+        *,
+        expected: str,
+        words: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.other, self.expected, self.words = other, expected, words
+        self.type_name = f"string or {other.type_name}"
+        super().__init__(**kwargs)
+
+    def accepts(self, value: Any) -> bool:
+        if type(value) is str:
+            return self.words is None or value in self.words
+        return self.other.accepts(value)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        return value if type(value) is str else self.other.deserialize(value)
+
+
 class RunRequest(StrictSchema):
     """The body of ``POST /crane/run``."""
 

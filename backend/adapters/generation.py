@@ -247,6 +247,10 @@ class CausalGenerator(Generator):
         if self.window is not None:
             self.model.register_forward_pre_hook(_keep_within(self.window), with_kwargs=True)
 
+    def unload(self) -> None:
+        del self._packing  # it knows the model's layers
+        super().unload()
+
     def longest_prompt(self, options: Mapping[str, Any]) -> int:
         assert self.window is not None
         return max(self.window - int(options["max_tokens"]), (self.window + 1) // 2)

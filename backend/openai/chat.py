@@ -12,7 +12,7 @@ from marshmallow import ValidationError, validates_schema
 
 from backend.engine.calls import Event
 from backend.openai.base import Nullable, Only, Option, Order, Route, each, in_body
-from backend.openai.messages import Message, Tool, ToolChoice, input_of
+from backend.openai.messages import Message, NamedTool, Tool, input_of
 from backend.openai.streaming import Style, chunks_of
 from backend.openai.writing import Writing, facts, head, usage
 from backend.registry import ModelSpec
@@ -23,6 +23,7 @@ from backend.schemas import (
     Integer,
     ListOf,
     ObjectOf,
+    StringOr,
     Text,
 )
 
@@ -77,7 +78,11 @@ class ChatBody(Writing):
     reasoning_effort = Effort("thinking")
     chat_template_kwargs = TemplateOption("thinking")
     tools = ListOf(ObjectOf(Tool), low=1, high=128)
-    tool_choice = ToolChoice()
+    tool_choice = StringOr(
+        ObjectOf(NamedTool),
+        expected="'none', 'auto', 'required' or an object that names a function",
+        words=("none", "auto", "required"),
+    )
     parallel_tool_calls = Boolean()
     modalities = Only(["text"])
     metadata = AnyObject()  # labels of what is stored, and nothing is

@@ -11,7 +11,7 @@ from marshmallow import ValidationError, validates_schema
 from backend.errors import InvalidRequest
 from backend.openai.base import Nullable, Only
 from backend.registry import ModelSpec
-from backend.schemas import AnyObject, Boolean, ByType, Choice, ListOf, ObjectOf, StrictField, Text
+from backend.schemas import AnyObject, Boolean, ByType, Choice, ListOf, ObjectOf, StringOr, Text
 
 # Roles in OpenAI's words that are others in ours.
 _ROLES = {"developer": "system"}
@@ -64,21 +64,6 @@ class NamedTool(Nullable):
     function = ObjectOf(NamedFunction, required=True)
 
 
-class ToolChoice(StrictField):
-    """A word, or the one tool that is to be called."""
-
-    type_name = "string or object"
-    expected = "'none', 'auto', 'required' or an object that names a function"
-    named = ObjectOf(NamedTool)
-
-    def accepts(self, value: Any) -> bool:
-        return value in ("none", "auto", "required") or type(value) is dict
-
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        value = super()._deserialize(value, attr, data, **kwargs)
-        return value if type(value) is str else self.named.deserialize(value)
-
-
 class TextPart(Nullable):
     type = Choice(["text"], required=True)
     text = Text(blank=True, required=True)
@@ -94,24 +79,14 @@ class ImagePart(Nullable):
     image_url = ObjectOf(ImageUrl, required=True)
 
 
-class Content(StrictField):
-    type_name = "string or list"
-    expected = "a string, or a list of parts of type text or image_url"
-    parts = ListOf(ByType({"text": TextPart, "image_url": ImagePart}), low=1, high=1000)
-
-    def accepts(self, value: Any) -> bool:
-        return type(value) in (str, list)
-
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        value = super()._deserialize(value, attr, data, **kwargs)
-        return value if type(value) is str else self.parts.deserialize(value)
-
-
 class Message(Nullable):
     """What of it a model can be told is for the model's task to say."""
 
     role = Choice(["developer", "system", "user", "assistant", "tool"], required=True)
-    content = Content()
+    content = StringOr(
+        ListOf(ByType({"text": TextPart, "image_url": ImagePart}), low=1, high=1000),
+        expected="a string, or a list of parts of type text or image_url",
+    )
     name = Text()
     reasoning_content = Text(blank=True)
     tool_calls = ListOf(ObjectOf(ToolCall), low=1, high=128)
@@ -140,7 +115,7 @@ def input_of(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool in Crane's words, which have none for ``strict``: false is how it is anyway."""
+    """A tool in Crane's words, which have none for ``strict``: it is as it has to be anyway."""
     function = {name: value for name, value in tool["function"].items() if name != "strict"}
     return {**tool, "function": function}
 

@@ -19,6 +19,7 @@ from backend.schemas import (
     ObjectOf,
     StrictField,
     StrictSchema,
+    StringOr,
     Text,
 )
 from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
@@ -262,24 +263,13 @@ class NamedTool(StrictSchema):
     name = ToolName(required=True)
 
 
-class ToolChoice(StrictField):
-    """Whether a tool has to be called, and which."""
-
-    type_name = "string or object"
-    expected = """'auto', 'required' or {"name": …}"""
-    named = ObjectOf(NamedTool)
-
-    def accepts(self, value: Any) -> bool:
-        return value in ("auto", "required") or type(value) is dict
-
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        value = super()._deserialize(value, attr, data, **kwargs)
-        return value if type(value) is str else self.named.deserialize(value)
-
-
 class ChatInput(ToolsInput):
     messages = ListOf(ObjectOf(Message), low=1, high=1000, required=True)
-    tool_choice = ToolChoice()
+    tool_choice = StringOr(
+        ObjectOf(NamedTool),
+        expected="""'auto', 'required' or {"name": …}""",
+        words=("auto", "required"),
+    )
 
     @validates_schema
     def _has_what_is_chosen(self, data: dict[str, Any], **kwargs: Any) -> None:

@@ -12,8 +12,8 @@ from backend.schemas import (
     Integer,
     ListOf,
     ObjectOf,
-    StrictField,
     StrictSchema,
+    StringOr,
     Text,
 )
 from backend.tasks.base import TRUNCATE, Options, Task, about
@@ -42,25 +42,19 @@ class ImagePart(StrictSchema):
     image = ImageField(required=True)
 
 
-class ContentField(StrictField):
+class ContentField(StringOr):
     """A text by itself or a list of parts; either way loaded as the list."""
-
-    type_name = "string or list"
-    expected = "a string, or a list of parts of type text or image"
-    parts = ListOf(ByType({"text": TextPart, "image": ImagePart}), low=1, high=100)
-
-    def accepts(self, value: Any) -> bool:
-        return type(value) in (str, list)
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         value = super()._deserialize(value, attr, data, **kwargs)
-        if type(value) is str:
-            return [{"type": "text", "text": value}]
-        return self.parts.deserialize(value)
+        return [{"type": "text", "text": value}] if type(value) is str else value
 
 
 class PictureMessage(Message):
-    content = ContentField()
+    content = ContentField(
+        ListOf(ByType({"text": TextPart, "image": ImagePart}), low=1, high=100),
+        expected="a string, or a list of parts of type text or image",
+    )
 
 
 class PictureChatInput(ToolsInput):
