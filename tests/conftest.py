@@ -42,8 +42,8 @@ _imported = 0
 def pytest_runtest_setup():
     """Have the garbage collector pass over what modules hold, each time that more are imported.
 
-    A model that is let go has all garbage collected, and to look at what transformers holds takes
-    half a second each time. What a test itself makes is looked at as ever.
+    Where a model leaves weights behind, or does not load, all garbage is looked for, and to look at
+    what transformers holds takes half a second each time. What a test makes is looked at as ever.
     """
     global _imported
     if len(sys.modules) > _imported:
