@@ -184,10 +184,13 @@ def test_texts_are_what_the_library_writes_for_each_alone(name):
     assert {text.facts["finish_reason"] for text in texts} <= {"stop", "length"}
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
-def test_any_parts_of_texts_run_together_as_each_alone(name):
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Mistral", "Gemma3Text", "GPT2"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_any_parts_of_texts_run_together_as_each_alone(monkeypatch, name, dtype, most):
     """Each of up to eight gets on by some tokens or by one, in whatever slot it has come to."""
-    model, draw = model_of(name), random.Random(name)
+    # Weights so large that attention looks at one token alone make much of bfloat16's roundings.
+    monkeypatch.setitem(SMALL, "initializer_range", 0.4 if dtype == torch.float32 else 0.1)
+    model, draw = model_of(name).to(dtype), random.Random(name)
     decoder, texts = slots.Decoder(model, model.layout), []
     with torch.inference_mode():
         for _ in range(40):
@@ -200,9 +203,8 @@ def test_any_parts_of_texts_run_together_as_each_alone(name):
             scores = decoder.run(parts)
             for text, part, own in zip(texts, parts, scores, strict=True):
                 text += part
-                assert (
-                    own - model(input_ids=torch.tensor([text])).logits[0, -1]
-                ).abs().max() < 1e-3
+                alone = model(input_ids=torch.tensor([text])).logits[0, -1]
+                assert (own - alone).abs().max() < most * max(1, alone.abs().max())
             assert decoder.lengths == [len(text) for text in texts]
             for slot in reversed(range(len(texts))):
                 if len(texts[slot]) > 80 or draw.random() < 0.1:
@@ -215,7 +217,7 @@ def test_short_prompts_are_not_padded_to_the_longest():
     draw = random.Random(3)
     for _ in range(200):
         counts = [draw.choice([1, 1, 2, 30, 400]) for _ in range(draw.randrange(1, 40))]
-        groups = slots._groups([7] * len(counts), counts, torch.device("cpu"))
+        groups = slots._groups([7] * len(counts), counts, torch.device("cpu"), False)
         sizes = [group.shape for group in groups]
         assert sum(slots for slots, _ in sizes) == len(counts)
         assert sum(slots * tokens for slots, tokens in sizes) <= 2 * sum(counts)

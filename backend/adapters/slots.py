@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 STEP = 64  # columns by which the cache grows at least
+# Columns that are attended to are a multiple, where kernels are made for each number of them.
+WIDTH = 16
 PADDED = 2  # tokens of a group that attends at once, with its padding, for each of its own
 ATTENTION = "crane_slots"  # by which transformers knows ``attend``
 
@@ -38,7 +40,7 @@ class Decoder:
     def __init__(self, model: Any, layout: Layout) -> None:
         self._model = model
         self._layout = layout
-        self._slots = _slots_class()(layout.windows, model.dtype)
+        self._slots = _slots_class()(layout.windows, model)
         self.lengths: list[int] = []  # tokens of each text that were run
 
     def add(self, known: Prefix | None = None) -> None:
@@ -109,13 +111,20 @@ class _Group:
         starts: list[int],
         counts: list[int],
         device: torch.device,
+        by_products: bool,
     ) -> None:
-        """``starts`` are where the tokens of each are in the row, and ``counts`` how many."""
+        """``starts`` are where the tokens of each are in the row, and ``counts`` how many.
+
+        ``by_products`` is whether those with one token each attend as ``_found`` has it.
+        """
         import torch
 
         most = max(counts)
         self.shape = len(lengths), most
+        self.by_products = by_products and most == 1
         self._width = max(map(sum, zip(lengths, counts, strict=True)))
+        if self.by_products:
+            self._width = -(-self._width // WIDTH) * WIDTH
         # Of keys and values, what any of them sees.
         self.seen = slice(first, first + len(lengths)), slice(None), slice(self._width)
         # Who has fewer than others asks for its last again, which gives the same again.
@@ -155,10 +164,15 @@ def _slots_class() -> Any:
     class Slots(Cache):  # type: ignore[misc]  # transformers is not typed
         """Each layer's keys and values, [slots, heads, columns, features]."""
 
-        def __init__(self, windows: tuple[int | None, ...], dtype: torch.dtype) -> None:
+        def __init__(self, windows: tuple[int | None, ...], model: Any) -> None:
             super().__init__(layers=[])
             self._windows = windows
-            self._dtype = dtype
+            self._dtype = model.dtype
+            self._by_products = (
+                model.device.type == "cpu"
+                and model.dtype == torch.bfloat16
+                and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            )
             self._parts: dict[int, list[torch.Tensor]] = {}
             self._layer = 0
             self._rows = self._columns = torch.empty(0, dtype=torch.long)
@@ -178,7 +192,7 @@ def _slots_class() -> Any:
             self._rows = torch.tensor(rows, device=device)
             self._columns = torch.tensor(columns, device=device)
             self._size = len(counts), max(columns) + 1
-            self._groups = _groups(lengths, counts, device)
+            self._groups = _groups(lengths, counts, device, self._by_products)
             return self._columns
 
         def fill(self, slot: int, known: Prefix) -> None:
@@ -220,7 +234,12 @@ def _slots_class() -> Any:
             for group in self._groups:
                 asked = row[group.places].reshape(*group.shape, *row.shape[1:]).transpose(1, 2)
                 keys, values = (part[group.seen] for part in self._parts[self._layer])
-                mask = group.mask(self._windows[self._layer], self._dtype)
+                window = self._windows[self._layer]
+                if group.by_products:
+                    mask = group.mask(window, torch.float32)
+                    found.append(_found(asked, keys, values, mask, how.get("scaling")))
+                    continue
+                mask = group.mask(window, self._dtype)
                 output, _ = sdpa_attention_forward(module, asked, keys, values, mask, **how)
                 found.append(output.flatten(0, 1))
             if len(found) == 1 and type(group.places) is slice:
@@ -256,7 +275,27 @@ def _slots_class() -> Any:
     return Slots
 
 
-def _groups(lengths: list[int], counts: list[int], device: torch.device) -> list[_Group]:
+def _found(asked: Any, keys: Any, values: Any, mask: Any, scaling: float | None) -> Any:
+    """What one token of each slot finds, [slots, heads, features].
+
+    ``asked`` is [slots, heads, 1, features], and ``mask`` in float32, as the weights are computed.
+    PyTorch's own attention makes a product for each head of each slot, which for one vector in
+    bfloat16 takes twice as long, or more, as one product of them all; with AVX2 alone it takes
+    less. The keys come first, as they lie in the cache: the other way round takes twice as long.
+    """
+    import torch
+
+    slots, heads, _, features = asked.shape
+    asked = asked.view(slots, keys.shape[1], -1, features)  # who shares keys is side by side
+    scores = (keys @ asked.transpose(2, 3)).transpose(2, 3)
+    scaling = features**-0.5 if scaling is None else scaling
+    weights = torch.add(mask, scores, alpha=scaling).softmax(-1).to(values.dtype)
+    return (weights @ values).view(slots, heads, -1)
+
+
+def _groups(
+    lengths: list[int], counts: list[int], device: torch.device, by_products: bool
+) -> list[_Group]:
     """All slots, in groups of as like counts of tokens as ``PADDED`` wants."""
     groups: list[_Group] = []
     starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
@@ -265,7 +304,8 @@ def _groups(lengths: list[int], counts: list[int], device: torch.device) -> list
         most, tokens = max(most, count), tokens + count
         if slot == len(counts) or (slot - first + 1) * most > PADDED * tokens:
             here = slice(first, slot)
-            groups.append(_Group(first, lengths[here], starts[here], counts[here], device))
+            own = lengths[here], starts[here], counts[here]
+            groups.append(_Group(first, *own, device, by_products))
             first, most, tokens = slot, count, count
     return groups
 
