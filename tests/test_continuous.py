@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -111,17 +112,17 @@ class Ids:
         return " ".join(map(str, ids))
 
 
-def written_by(model, prompts, most=16, **how):
+def written_by(model, prompts, most=16, room=12, **how):
     def begin(entry):
         options = {"repetition_penalty": 1, "min_tokens": 0, "temperature": 0}
         options |= {"presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": None}
         return continuous.Text(
             entry=entry,
             prompt=entry.input,
-            room=12,
+            room=room,
             cut=False,
             completion=continuous.Completion(
-                Ids(), prompt_tokens=len(entry.input), room=12, ends={1}, stop=[]
+                Ids(), prompt_tokens=len(entry.input), room=room, ends={1}, stop=[]
             ),
             sampling=continuous.Sampling(options, None, prompt=[], ends={1}, device="cpu"),
         )
@@ -234,6 +235,51 @@ def test_what_nobody_waits_for_stops_at_the_next_token(monkeypatch):
     assert [text.output for text in texts[:1] + texts[2:]] == [
         alone(model, prompt) for prompt in prompts[:1] + prompts[2:]
     ]
+
+
+@pytest.mark.parametrize(
+    ("length", "place"), [(20, 0), (60, 58), (1040, 0), (1040, 700), (1040, 1030)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_without_numbers_is_told_so_and_breaks_no_other(length, place, dtype):
+    """Nor one that comes after it, where it was; a long one is read in parts."""
+    model, prompts = model_of("Llama"), prompts_of(12)
+    prompts = [[9, *(token for token in prompt if token != 7)] for prompt in prompts]
+    prompts[2] = [7 if i == place else 8 for i in range(length)]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.inf  # as of float16 where it overflows
+    texts = written_by(model.to(dtype), prompts, most=4)
+    assert [isinstance(text, Prediction) for text in texts] == [True] * 2 + [False] + [True] * 9
+    assert "float16" in texts[2].message
+    if dtype == torch.float32:  # which writes the same alone, to the last token
+        assert not isinstance(written_by(model, prompts, room=1)[2], Prediction)
+        del texts[2], prompts[2]
+        assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
+
+
+def test_a_text_that_comes_to_have_no_numbers_breaks_no_other():
+    model = model_of("Llama")
+    prompts = [[3 + token % 90 for token in prompt] for prompt in prompts_of(16)]
+    prompts.sort(key=len, reverse=True)  # so that the slot of a long one gets a shorter one
+    expected = [alone(model, prompt) for prompt in prompts]
+    used = Counter(token for prompt in prompts for token in set(prompt))
+    used.update(int(token) for text in expected for token in set(text.split()))
+    # A token that one of them writes, and goes on from, and that is in no other.
+    ends = [
+        (place, token)
+        for place, text in enumerate(expected)
+        for token in map(int, text.split()[:-1])
+        if used[token] == 1
+    ]
+    assert len(ends) > 5
+    weight = model.get_input_embeddings().weight.detach()
+    for place, token in ends:
+        before = weight[token].clone()
+        weight[token] = torch.inf
+        texts = written_by(model, prompts, most=4)
+        weight[token] = before
+        assert not isinstance(texts.pop(place), Prediction)
+        assert [text.output for text in texts] == expected[:place] + expected[place + 1 :]
 
 
 @pytest.mark.parametrize("setting", ["no_repeat_ngram_size", "forced_eos_token_id"])

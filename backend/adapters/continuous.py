@@ -12,7 +12,7 @@ from backend.adapters.completion import Completion, Pace
 from backend.adapters.decoding import Sampling, choose
 from backend.adapters.prefixes import Prefix, Prefixes
 from backend.adapters.slots import Decoder, Layout
-from backend.errors import CraneError
+from backend.errors import CraneError, InternalError
 
 # Of prompts that are read in one run, with the next token of each text: a fifth of a second for a
 # model of 1 billion weights on a CPU, nothing on a GPU.
@@ -32,6 +32,7 @@ class Text:
     cut: bool  # whether the prompt is
     known: int = 0  # tokens of the prompt that were not read again
     next: int = 0  # the token that was chosen last, and is not run yet
+    broken: bool = False  # whether its scores are no numbers any more
 
     @property
     def most_tokens(self) -> int:
@@ -95,13 +96,18 @@ class ContinuousBatch:
                 feed.answer(entry, text)
 
     def _let_go(self, feed: Feed) -> None:
-        """Stop what nobody waits for any more."""
+        """Stop what nobody waits for any more, and what the model has no numbers for."""
         for text in [text for text in self._waiting if text.entry.cancelled()]:
             self._waiting.remove(text)
             feed.answer(text.entry, too_late())
+        broken = any(text.broken for text in self._texts)
         for slot in reversed(range(len(self._texts))):
-            if self._texts[slot].entry.cancelled():
+            if self._texts[slot].broken:
+                feed.answer(self._drop(slot).entry, _no_numbers())
+            elif self._texts[slot].entry.cancelled():
                 feed.answer(self._drop(slot).entry, too_late())
+        if broken:
+            self._decoder.clear()
 
     def _admit(self) -> None:
         """Have those that have waited longest be read, when no other is, and all at once."""
@@ -140,7 +146,11 @@ class ContinuousBatch:
                 for text, length in zip(self._texts, before, strict=True)
             ]
         )
-        read = [slot for slot in range(len(self._texts)) if not self._reads(slot)]
+        for text, broken in zip(self._texts, scores[:, 0].isnan().tolist(), strict=True):
+            text.broken = broken
+        read = [
+            slot for slot, text in enumerate(self._texts) if not (text.broken or self._reads(slot))
+        ]
         for slot in read:
             if before[slot] < len(self._texts[slot].prompt):
                 self._prefixes.keep(self._texts[slot].prompt, self._decoder.layers(slot))
@@ -193,3 +203,10 @@ class ContinuousBatch:
         if last is not text:
             self._texts[slot] = last
         return text
+
+
+def _no_numbers() -> InternalError:
+    return InternalError(
+        "The model's scores of what comes next were not numbers. Values that are too large for "
+        "float16 do that: have its entry in models.yaml say dtype: bfloat16, or float32."
+    )

@@ -81,6 +81,13 @@ class Decoder:
         layers: list[tuple[torch.Tensor, ...]] = self._slots.of(slot, self.lengths[slot])
         return layers
 
+    def clear(self) -> None:
+        """Have nothing left of texts that were dropped.
+
+        Nobody looks at it, but a masked value that is no number makes no number of a sum as well.
+        """
+        self._slots.clear(self.lengths)
+
     def drop(self, slot: int) -> None:
         """Forget a text; the last one has its slot now."""
         last = len(self.lengths) - 1
@@ -213,6 +220,13 @@ def _slots_class() -> Any:
             for parts in self._parts.values():
                 for part in parts:
                     part[to, :, :length] = part[slot, :, :length]
+
+        def clear(self, lengths: list[int]) -> None:
+            for parts in self._parts.values():
+                for part in parts:
+                    part[len(lengths) :] = 0
+                    for slot, length in enumerate(lengths):
+                        part[slot, :, length:] = 0
 
         def update(
             self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any
