@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 
-from backend.adapters import continuous, prefixes, slots
+from backend.adapters import continuous, packing, prefixes, slots
 from backend.adapters.base import Prediction, too_late
 from backend.adapters.echo import Echo
 from backend.adapters.footprint import count
-from backend.adapters.packing import FEW, MANY, PATIENCE, Packing
+from backend.adapters.packing import FEW, MANY, PATIENCE, SETTLED, Packing
 from backend.adapters.prefixes import LEAST, Prefixes
 from backend.adapters.slot_trial import layout_of
 from backend.errors import DeadlineExceeded, InvalidRequest
@@ -664,29 +664,65 @@ def linears(model):
     return sum(isinstance(part, torch.nn.Linear) for part in model.modules())
 
 
-def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written():
+@pytest.fixture
+def pays(monkeypatch):
+    """Has it found to pay, or not, to pack float32 weights for a single text."""
+
+    def pays(always):
+        monkeypatch.setattr(packing, "PAYS", 1e9 if always else 0)
+        packing._pays_for_one.cache_clear()
+
+    yield pays
+    packing._pays_for_one.cache_clear()
+
+
+def test_float32_weights_are_packed_for_a_single_text_where_that_pays_and_stay_so(pays):
+    pays(True)
+    model, prompts = model_of("Llama"), prompts_of(4)
+    wanted = [alone(model, prompt) for prompt in prompts]
+    layers, own = linears(model), Packing(model)
+    other = model_of("Llama")
+    Packing(other).before_run(MANY)
+    if linears(other) == layers:
+        pytest.skip("this processor has no kernels for it")
+    for _ in range(SETTLED):
+        own.before_run(1)
+        assert linears(model) == layers
+    own.before_run(1)
+    assert linears(model) == layers - 1
+    for _ in range(3):
+        texts = [written_by(model, [prompt], before_run=own.before_run)[0] for prompt in prompts]
+        assert [text.output for text in texts] == wanted
+    assert not linears(model)
+    for _ in range(PATIENCE + 2):
+        own.before_run(1)
+    assert not linears(model)
+
+
+def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written(pays):
+    pays(False)
     model, prompts = model_of("Llama"), prompts_of(MANY)
     wanted = [alone(model, prompt) for prompt in prompts]
-    size, layers, packing = count(SimpleNamespace(model=model)), linears(model), Packing(model)
-    packing.before_run(MANY - 1)
+    size, layers, own = count(SimpleNamespace(model=model)), linears(model), Packing(model)
+    own.before_run(MANY - 1)
     assert linears(model) == layers
-    packing.before_run(MANY)
+    own.before_run(MANY)
     if linears(model) == layers:
         pytest.skip("this processor has no kernels for it")
     assert linears(model) == layers - 1
     for _ in range(3):
-        texts = written_by(model, prompts, most=MANY, before_run=packing.before_run)
+        texts = written_by(model, prompts, most=MANY, before_run=own.before_run)
         assert [text.output for text in texts] == wanted
     assert not linears(model)
-    packing.before_run(MANY)
+    own.before_run(MANY)
     for _ in range(PATIENCE + layers):
         assert not linears(model)
-        packing.before_run(FEW + 1)
+        own.before_run(FEW + 1)
     for _ in range(PATIENCE):
-        packing.before_run(FEW)
+        own.before_run(FEW)
     assert not linears(model)
     for _ in range(5):
-        texts = written_by(model, prompts[:1], before_run=packing.before_run)
+        texts = written_by(model, prompts[:1], before_run=own.before_run)
         assert [text.output for text in texts] == wanted[:1]
     assert linears(model) == layers
     assert count(SimpleNamespace(model=model)) == size
@@ -695,9 +731,9 @@ def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written():
 def test_a_float32_head_that_is_the_embeddings_is_no_copy_of_them(monkeypatch):
     monkeypatch.setitem(SMALL, "tie_word_embeddings", True)
     model = model_of("Llama")
-    size, packing = count(SimpleNamespace(model=model)), Packing(model)
+    size, own = count(SimpleNamespace(model=model)), Packing(model)
     for _ in range(100):
-        packing.before_run(MANY)
+        own.before_run(MANY)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert count(SimpleNamespace(model=model)) == size
 
