@@ -204,8 +204,8 @@ def test_any_parts_of_texts_run_together_as_each_alone(monkeypatch, name, dtype,
             scores = decoder.run(parts)
             for text, part, own in zip(texts, parts, scores, strict=True):
                 text += part
-                alone = model(input_ids=torch.tensor([text])).logits[0, -1]
-                assert (own - alone).abs().max() < most * max(1, alone.abs().max())
+                wanted = model(input_ids=torch.tensor([text])).logits[0, -1]
+                assert (own - wanted).abs().max() < most * max(1, wanted.abs().max())
             assert decoder.lengths == [len(text) for text in texts]
             for slot in reversed(range(len(texts))):
                 if len(texts[slot]) > 80 or draw.random() < 0.1:
@@ -697,6 +697,18 @@ def test_float32_weights_are_packed_for_a_single_text_where_that_pays_and_stay_s
     for _ in range(PATIENCE + 2):
         own.before_run(1)
     assert not linears(model)
+
+
+def test_bfloat16_weights_stay_packed_whatever_is_written(pays):
+    pays(False)
+    model = model_of("Llama").bfloat16()
+    layers, own = linears(model), Packing(model)
+    if linears(model) == layers:
+        pytest.skip("this processor has no kernels for it")
+    for _ in range(PATIENCE + layers):
+        own.before_run(1)
+        assert not linears(model)
+    assert not packing._pays_for_one.cache_info().misses  # nothing to find out
 
 
 def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written(pays):

@@ -55,6 +55,8 @@ class Packing:
         ]
         while at_once and self._packed < len(self._places):
             self._pack()
+        if at_once:
+            self._places.clear()  # for good: nothing is left to pack, or to unpack
 
     def before_run(self, rows: int) -> None:
         """Pack one layer more, or one less, if it pays: all at once would keep texts waiting."""
@@ -96,12 +98,21 @@ def _pays_for_one() -> bool:
             times.append(time.perf_counter() - started)
         return min(times)
 
-    plain = torch.nn.Linear(PROBE, PROBE, bias=False, device="meta")
-    plain.weight = torch.nn.Parameter(torch.ones(PROBE, PROBE), requires_grad=False)
+    plain = _linear(torch.ones(PROBE, PROBE), None)
     try:
         return best(_packed_class()(plain)) < PAYS * best(plain)
     except (AttributeError, RuntimeError):  # as in ``Packing._pack``
         return False
+
+
+def _linear(weight: Any, bias: Any) -> Any:
+    import torch
+
+    rows, columns = weight.shape
+    linear = torch.nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.bias = bias
+    return linear
 
 
 @cache
@@ -122,11 +133,7 @@ def _packed_class() -> Any:
             return self.packed.to_dense()
 
         def plain(self) -> torch.nn.Linear:
-            sizes = self.in_features, self.out_features
-            linear = torch.nn.Linear(*sizes, bias=self.bias is not None, device="meta")
-            linear.weight = torch.nn.Parameter(self.weight, requires_grad=False)
-            linear.bias = self.bias
-            return linear
+            return _linear(self.weight, self.bias)
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             run = torch.ops.mkldnn._linear_pointwise
