@@ -10,9 +10,10 @@ from typing import Any
 from backend.adapters.base import Entry, Feed, too_late
 from backend.adapters.completion import Completion, Pace
 from backend.adapters.decoding import Sampling, choose
+from backend.adapters.numbers import not_numbers
 from backend.adapters.prefixes import Prefix, Prefixes
 from backend.adapters.slots import Decoder, Layout
-from backend.errors import CraneError, InternalError
+from backend.errors import CraneError
 
 # Of prompts that are read in one run, with the next token of each text: a fifth of a second for a
 # model of 1 billion weights on a CPU, nothing on a GPU.
@@ -103,7 +104,7 @@ class ContinuousBatch:
         broken = any(text.broken for text in self._texts)
         for slot in reversed(range(len(self._texts))):
             if self._texts[slot].broken:
-                feed.answer(self._drop(slot).entry, _no_numbers())
+                feed.answer(self._drop(slot).entry, not_numbers())
             elif self._texts[slot].entry.cancelled():
                 feed.answer(self._drop(slot).entry, too_late())
         if broken:
@@ -203,10 +204,3 @@ class ContinuousBatch:
         if last is not text:
             self._texts[slot] = last
         return text
-
-
-def _no_numbers() -> InternalError:
-    return InternalError(
-        "The model's scores of what comes next were not numbers. Values that are too large for "
-        "float16 do that: have its entry in models.yaml say dtype: bfloat16, or float32."
-    )

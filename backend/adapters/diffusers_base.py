@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backend.adapters.base import Adapter, Batch, too_late
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
+from backend.adapters.numbers import check_numbers
 from backend.adapters.previews import Previewer
 from backend.adapters.transformers_base import quiet
 from backend.errors import InvalidRequest, ModelUnavailable
@@ -75,6 +76,9 @@ class DiffusersAdapter(Adapter):
             pipeline.to(self.device)
         if self.spec.compile:
             compile_module(self.denoiser, self.device)
+        decoder = getattr(pipeline.components.get("vae"), "decoder", None)
+        if decoder is not None:
+            decoder.register_forward_hook(_check_decoded)
 
     def suited(self, pipeline: Any) -> Any:
         """The pipeline that does the task with what a checkpoint's own was loaded with.
@@ -206,6 +210,12 @@ class DiffusersAdapter(Adapter):
             return result
 
         scheduler.step = watched
+
+
+def _check_decoded(_: Any, __: Any, decoded: Any) -> None:
+    """Some overflow in float16, and what came of it would pass for a black picture."""
+    # Those of films have their cache beside the pixels.
+    check_numbers(decoded[0] if isinstance(decoded, tuple) else decoded)
 
 
 def _import_quietly() -> Any:

@@ -13,6 +13,7 @@ from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
 from backend.adapters.grammar import Form, Grammars
+from backend.adapters.numbers import scored_in_numbers
 from backend.adapters.packing import Packing
 from backend.adapters.prefixes import Prefixes
 from backend.adapters.slot_trial import layout_of
@@ -164,9 +165,10 @@ class Generator(TransformersAdapter):
             output = self.model.generate(
                 **inputs,
                 generation_config=self.config(options, max(room)),
-                logits_processor=sampling(
-                    options, [batch.seeds[place] for place in places], self.device
-                ),
+                logits_processor=[
+                    scored_in_numbers(),
+                    *sampling(options, [batch.seeds[place] for place in places], self.device),
+                ],
                 stopping_criteria=[ending.criterion()],
             )
         if beams:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters.base import Batch, Prediction
+from backend.adapters.numbers import check_numbers
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
@@ -30,6 +31,8 @@ class PipelineAdapter(TransformersAdapter):
         self._pipeline = transformers.pipeline(
             self.pipeline_task, model=self.model, tokenizer=self.tokenizer, **device
         )
+        # It would leave out of a mean what is no number, say.
+        self.model.register_forward_hook(lambda _, __, out: check_numbers(out.logits[..., 0]))
 
     def check(self) -> None:
         """Raise ``ModelUnavailable`` for a checkpoint that cannot do the task."""

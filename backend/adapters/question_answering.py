@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction
+from backend.adapters.numbers import check_numbers
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest
 
@@ -76,6 +77,7 @@ class QuestionAnswerer(TransformersAdapter):
             some = {name: value[rows].to(self.device) for name, value in features.items()}
             with torch.inference_mode():
                 output = self.model(**some)
+            check_numbers(output.start_logits, output.end_logits)
             starts[rows] = output.start_logits.float().cpu()
             ends[rows] = output.end_logits.float().cpu()
         return starts, ends

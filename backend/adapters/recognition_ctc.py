@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from backend.adapters.base import Batch, Prediction
+from backend.adapters.numbers import check_numbers
 from backend.errors import CraneError
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ class CtcListener:
         device = self._model.device
         with torch.inference_mode():
             how = {self._name: values.to(device), "attention_mask": mask.to(device)}
-            letters = self._model(**how).logits.argmax(-1).cpu()
+            logits = self._model(**how).logits
+        check_numbers(logits[..., 0])
+        letters = logits.argmax(-1).cpu()
         if int(lengths.min()) == width:
             return list(letters.split(1))
         real = self._model._get_feat_extract_output_lengths(lengths)

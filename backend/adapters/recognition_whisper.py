@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.decoding import leaving
+from backend.adapters.numbers import scored_in_numbers
 from backend.adapters.recognition_text import Sound, Writer
 from backend.errors import CraneError, did_you_mean
 
@@ -148,6 +149,7 @@ class WhisperListener:
                 return_timestamps=timed,
                 return_segments=True,
                 force_unique_generate_call=True,
+                logits_processor=[scored_in_numbers()],
                 stopping_criteria=[leaving(batch, [sound.place for sound in sounds])],
                 **how,
             )["segments"]

@@ -11,6 +11,7 @@ import numpy as np
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
+from backend.adapters.numbers import check_numbers
 from backend.adapters.transformers_base import quiet
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
 from backend.errors import CraneError, InvalidRequest
@@ -79,6 +80,7 @@ class PictureModel(Adapter):
                 outputs = self.model(**inputs)
                 for row, place in enumerate(places):
                     mine = row_of(outputs, row, len(places))
+                    check_numbers(*mine.values())
                     size = batch.inputs[place].shape[:2]
                     prediction = self.answer(mine, size, {**batch.options, **applied})
                     prediction.applied = applied

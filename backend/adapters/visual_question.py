@@ -7,6 +7,7 @@ from typing import Any
 
 from backend.adapters.base import Batch, Prediction
 from backend.adapters.decoding import leaving
+from backend.adapters.numbers import scored_in_numbers
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
 from backend.adapters.vision_text import end_of_blip
@@ -113,6 +114,7 @@ class VisualQuestionAnswerer(TransformersAdapter):
                 **inputs,
                 max_new_tokens=most,
                 do_sample=False,
+                logits_processor=[scored_in_numbers()],
                 stopping_criteria=[leaving(batch, places)],
             )
         end, answers = self.model.generation_config.eos_token_id, []

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from backend.adapters.base import Prediction
+from backend.adapters.numbers import has_nan, not_numbers
 from backend.errors import CraneError, InternalError, InvalidRequest
 
 
@@ -264,6 +265,8 @@ class Item:
     def answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
         if isinstance(result, CraneError):
             self.error = result
+        elif isinstance(result, Prediction) and has_nan(result.output):
+            self.error = not_numbers()
         elif isinstance(result, Prediction):
             self.prediction = result
         else:
