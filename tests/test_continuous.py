@@ -670,10 +670,10 @@ def pays(monkeypatch):
 
     def pays(always):
         monkeypatch.setattr(packing, "PAYS", 1e9 if always else 0)
-        packing._pays_for_one.cache_clear()
+        packing._pays.cache_clear()
 
     yield pays
-    packing._pays_for_one.cache_clear()
+    packing._pays.cache_clear()
 
 
 def test_float32_weights_are_packed_for_a_single_text_where_that_pays_and_stay_so(pays):
@@ -708,7 +708,7 @@ def test_bfloat16_weights_stay_packed_whatever_is_written(pays):
     for _ in range(PATIENCE + layers):
         own.before_run(1)
         assert not linears(model)
-    assert not packing._pays_for_one.cache_info().misses  # nothing to find out
+    assert not packing._pays.cache_info().misses  # nothing to find out
 
 
 def test_float32_weights_are_packed_one_by_one_once_many_texts_are_written(pays):

@@ -384,6 +384,15 @@ def test_the_table_of_the_receipt_has_every_key_that_is_answered(shipped):
     }
 
 
+def test_the_way_of_a_call_is_through_functions_that_are_there():
+    way = rows("in", "by")
+    assert len(way) > 5
+    for file, functions, *_ in way:
+        text = (ROOT / file.strip("`")).read_text()
+        for name in re.findall(r"`(\w+)`", functions):
+            assert f"def {name}(" in text, file
+
+
 def test_a_request_is_logged_as_shown(shipped):
     [shown] = [json.loads(text) for kind, text in BLOCKS if kind == "json" and '"logger"' in text]
     shipped.run("text-embedder-v1", "Cranes dance.")

@@ -16,6 +16,7 @@ from backend.adapters.base import Adapter, Batch, too_late
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.numbers import check_numbers
+from backend.adapters.packing import keep_packed
 from backend.adapters.previews import Previewer
 from backend.adapters.transformers_base import quiet
 from backend.errors import InvalidRequest, ModelUnavailable
@@ -76,6 +77,9 @@ class DiffusersAdapter(Adapter):
             pipeline.to(self.device)
         if self.spec.compile:
             compile_module(self.denoiser, self.device)
+        else:
+            for part in self._learned():
+                keep_packed(part)
         decoder = getattr(pipeline.components.get("vae"), "decoder", None)
         if decoder is not None:
             decoder.register_forward_hook(_check_decoded)

@@ -241,7 +241,6 @@ class CausalGenerator(Generator):
 
     def load(self) -> None:
         super().load()
-        self._packing = Packing(self.model)
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
         self._layout = layout_of(self.model)
         self._grammars = Grammars(self.tokenizer, self.ends)
@@ -249,9 +248,8 @@ class CausalGenerator(Generator):
         if self.window is not None:
             self.model.register_forward_pre_hook(_keep_within(self.window), with_kwargs=True)
 
-    def unload(self) -> None:
-        del self._packing  # it knows the model's layers
-        super().unload()
+    def pack(self) -> None:
+        self._packing = Packing(self.model)  # which is told how many texts each run is of
 
     def longest_prompt(self, options: Mapping[str, Any]) -> int:
         assert self.window is not None

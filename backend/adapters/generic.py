@@ -10,6 +10,7 @@ from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.generic_calls import CALLS
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
+from backend.adapters.packing import keep_packed
 from backend.adapters.plain import plain
 from backend.adapters.transformers_base import quiet
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
@@ -63,6 +64,7 @@ class GenericPipeline(Adapter):
             )
         quantize([model], self.spec.memory, self.device)
         model.eval()
+        keep_packed(model)
         model.register_forward_pre_hook(self._stop_if_cancelled)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.do_sample = False  # numbers are drawn for all callers in turn

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
+import weakref
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -13,10 +16,31 @@ ROWS = 16  # that the layout is for; it is as quick with others
 # In float32, 16 texts are written in 0.85 to 0.91 of the time so on an Intel Xeon, 4 in as much,
 # and one in 1.2; on an AMD EPYC, 16 in 0.51, 4 in 0.45, and one in 0.59. So it is tried out.
 MANY, FEW = 8, 2
+MANY_TOKENS = 64  # rows of a run that reads; with more the ratio is as with so many
 PROBE = 2048  # rows and columns of what it is tried out with: 16 MB, as of a small model's layer
-PAYS = 0.9  # of the time, for one row
+PAYS = 0.9  # of the time
 SETTLED = 32  # runs after which a model is thought to stay for a while
 PATIENCE = 100  # runs of few before layers are as they were: a second, or some, of one text
+
+
+def keep_packed(model: Any, *, runs: Any = None) -> None:
+    """Have a model's linear layers packed as ``Packing`` does, where one row gains and many do.
+
+    In float32 that is one layer at each run of ``runs``, the model itself unless it is told, once
+    it has run for a while: a load takes no longer. Parts that are moved about stay as they are.
+    """
+    if hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook"):
+        return
+    packing = Packing(model)
+    if packing.over:
+        return
+
+    def pack(*_: Any) -> None:
+        packing.before_run(FEW + 1, kinds=(1, MANY_TOKENS))
+        if packing.over:
+            handle.remove()
+
+    handle = (runs or model).register_forward_pre_hook(pack)
 
 
 class Packing:
@@ -37,41 +61,52 @@ class Packing:
     def __init__(self, model: Any) -> None:
         import torch
 
-        self._places: list[tuple[Any, str]] = []  # of layers: their module, and name in it
+        # Of layers: their module, and name in it. What is packed keeps no model.
+        self._places: list[tuple[weakref.ref[Any], str]] = []
         self._packed = 0  # so many of them, the first ones
         self._runs = self._runs_of_few = 0
         if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
             return
         at_once = model.dtype == torch.bfloat16
-        # What is packed later would be more than the model was counted with.
-        besides = None if at_once else model.get_input_embeddings().weight
+        owners = Counter(id(one) for part in model.modules() for one in part._parameters.values())
         self._places = [
-            (module, name)
+            (weakref.ref(module), name)
             for module in model.modules()
             for name, child in module.named_children()
             if type(child) is torch.nn.Linear
             and type(child.weight.data) is torch.Tensor
-            and child.weight is not besides
+            # What is packed later would be more than the model was counted with.
+            and (at_once or owners[id(child.weight)] == 1)
+            and not _is_read(type(module).forward, name)
         ]
         while at_once and self._packed < len(self._places):
             self._pack()
         if at_once:
             self._places.clear()  # for good: nothing is left to pack, or to unpack
 
-    def before_run(self, rows: int) -> None:
-        """Pack one layer more, or one less, if it pays: all at once would keep texts waiting."""
+    @property
+    def over(self) -> bool:
+        """Whether nothing will be packed any more, or unpacked, unless few rows come."""
+        return self._packed >= len(self._places)
+
+    def before_run(self, rows: int, kinds: tuple[int, ...] = (1,)) -> None:
+        """Pack one layer more, or one less, if it pays: all at once would keep callers waiting.
+
+        ``kinds`` are the numbers of rows that have to gain for a settled model to be packed for
+        good.
+        """
         if not self._places:
             return
         self._runs_of_few = self._runs_of_few + 1 if rows <= FEW else 0
         self._runs += 1
-        always = self._runs > SETTLED and _pays_for_one()
+        always = self._runs > SETTLED and all(_pays(many) for many in kinds)
         if (always or rows >= MANY) and self._packed < len(self._places):
             self._pack()
         elif not always and self._runs_of_few > PATIENCE and self._packed:
             self._unpack()
 
     def _pack(self) -> None:
-        module, name = self._places[self._packed]
+        module, name = self._place(self._packed)
         try:
             setattr(module, name, _packed_class()(getattr(module, name)))
             self._packed += 1
@@ -81,20 +116,39 @@ class Packing:
 
     def _unpack(self) -> None:
         self._packed -= 1
-        module, name = self._places[self._packed]
+        module, name = self._place(self._packed)
         setattr(module, name, getattr(module, name).plain())
+
+    def _place(self, number: int) -> tuple[Any, str]:
+        module, name = self._places[number]
+        return module(), name
 
 
 @cache
-def _pays_for_one() -> bool:
-    """Whether one row in float32 is multiplied sooner by a packed weight; it takes some 20 ms."""
+def _is_read(forward: Any, name: str) -> bool:
+    """Whether a module's ``forward`` looks at a layer's weight itself, as T5's does at its dtype.
+
+    A packed weight is unpacked for that each time.
+    """
+    try:
+        return f".{name}.weight" in inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+
+
+@cache
+def _pays(rows: int) -> bool:
+    """Whether so many rows in float32 are multiplied sooner by a packed weight.
+
+    It takes some 10 ms for one row, and 40 for 64.
+    """
     import torch
 
     def best(layer: Any) -> float:
-        row, times = torch.ones(1, PROBE), []
+        some, times = torch.ones(rows, PROBE), []
         for _ in range(7):
             started = time.perf_counter()
-            layer(row)
+            layer(some)
             times.append(time.perf_counter() - started)
         return min(times)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
+from backend.adapters.packing import keep_packed
 from backend.adapters.recognition_ctc import CtcListener
 from backend.adapters.recognition_whisper import WhisperListener
 from backend.adapters.transformers_base import quiet
@@ -58,6 +59,7 @@ class SpeechRecognizer(Adapter):
         placed = "device_map" in how
         model = model if placed else model.to(self.device)
         model.eval()
+        keep_packed(model)
         self.dtype = dtype_name(model.dtype, self.spec.memory)
         self.revision = getattr(model.config, "_commit_hash", None) or self.spec.revision
         pipeline = transformers.pipeline(

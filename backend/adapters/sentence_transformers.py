@@ -7,6 +7,7 @@ from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
 from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet, too_long
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
@@ -30,6 +31,7 @@ class SentenceTransformersAdapter(Adapter):
         transformer = self.model.transformers_model
         if transformer is None:
             raise ModelUnavailable("Its first module is no transformer, which Crane needs.")
+        keep_packed(transformer, runs=self.model)
         self.dtype = str(transformer.dtype).removeprefix("torch.")
         self.revision = getattr(transformer.config, "_commit_hash", None) or self.spec.revision
         self.window = self.model.max_seq_length

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from backend.adapters.base import Adapter
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
+from backend.adapters.packing import keep_packed
 from backend.errors import InvalidRequest
 
 
@@ -42,6 +43,11 @@ class TransformersAdapter(Adapter):
         self.window = model_window(self.model, self.tokenizer)
         if self.window is not None:
             self.tokenizer.model_max_length = self.window
+        self.pack()
+
+    def pack(self) -> None:
+        """Have the linear layers as a processor's kernels want them."""
+        keep_packed(self.model)
 
     def unload(self) -> None:
         del self.model, self.tokenizer

@@ -12,6 +12,7 @@ from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import find_weights, pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.numbers import check_numbers
+from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
 from backend.errors import CraneError, InvalidRequest
@@ -44,6 +45,7 @@ class PictureModel(Adapter):
         # A device map in the entry's `load` has placed the model already.
         self.model = model if "device_map" in how else model.to(self.device)
         self.model.eval()
+        keep_packed(self.model)
         self.dtype = dtype_name(self.model.dtype, self.spec.memory)
         self.revision = getattr(self.model.config, "_commit_hash", None) or self.spec.revision
 

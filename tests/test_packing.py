@@ -1,0 +1,162 @@
+"""Linear layers in the layout of a processor's kernels, whatever the model is for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from backend.adapters import packing
+from backend.adapters.packing import FEW, MANY, Packing, keep_packed
+from backend.adapters.sound_models import SoundModel
+from tests.checkpoints import BUILDERS as TEXTS
+from tests.checkpoints import built_when_asked, sentence
+from tests.generic_checkpoints import LABELS
+from tests.speech_checkpoints import BUILDERS as SPEECH
+from tests.test_leaving_a_batch import BUILDERS, CASES, Case, Run
+
+FAMILIES = ("question_answerer", "cross_encoder", "nli", "detr", "clip", "idefics3", "vilt")
+FAMILIES += ("stable_diffusion", "ctc_without_mask", "whisper")
+OTHERS = [
+    Case("embeddings", "masked_lm", "red", sentence(9)),
+    Case("token-classification", "token_classifier", "red", sentence(9)),
+    Case("feature-extraction", "masked_lm", "red", sentence(9), part="pipeline.model"),
+    Case("summarization", "bart", "red", sentence(9), options={"max_tokens": 8}),
+    Case("summarization", "t5", "red", sentence(9), options={"max_tokens": 8}),
+    Case("text-to-audio", "musicgen", "red", LABELS[0], part="model.model"),
+]
+KINDS = {case.family: case for case in CASES if case.family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return built_when_asked(BUILDERS | SPEECH | TEXTS, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture
+def pays(monkeypatch):
+    """Has it found to pay, once ``pays()`` was called."""
+    monkeypatch.setattr(packing, "PAYS", 1e9)
+    packing._pays.cache_clear()
+    monkeypatch.setattr(packing, "SETTLED", 10**6)
+    yield lambda: monkeypatch.setattr(packing, "SETTLED", 2)
+    packing._pays.cache_clear()
+
+
+def packs():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model.dtype, model.device = torch.float32, torch.device("cpu")
+    Packing(model).before_run(MANY)
+    return type(model[0]) is not torch.nn.Linear
+
+
+def parts(adapter):
+    """The parts of which an adapter packs the layers."""
+    if hasattr(adapter, "pipeline") and hasattr(adapter.pipeline, "components"):
+        return [adapter.denoiser, adapter.pipeline.text_encoder]
+    owner = getattr(adapter, "_listener", None) or getattr(adapter, "pipeline", None) or adapter
+    model = getattr(owner, "_model", None) or owner.model
+    return [model.model if isinstance(model, SoundModel) else model]
+
+
+def plain_layers(adapter):
+    return [
+        name
+        for part in parts(adapter)
+        for name, module in part.named_modules()
+        if type(module) is torch.nn.Linear
+    ]
+
+
+def alike(one, other, within):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[k], other[k], within) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(
+            alike(*pair, within) for pair in zip(one, other, strict=True)
+        )
+    if isinstance(one, np.ndarray) and one.dtype == np.uint8:
+        return np.abs(one.astype(int) - other).max() <= 1
+    if isinstance(one, float | np.ndarray):
+        return np.allclose(one, other, atol=within)
+    return one == other
+
+
+@pytest.mark.parametrize("case", [*KINDS.values(), *OTHERS], ids=lambda case: case.family)
+def test_float32_layers_are_packed_once_a_model_has_run_for_a_while(make_app, folders, case, pays):
+    if not packs():
+        pytest.skip("this processor has no kernels for it")
+    run = Run(make_app([{"id": "it", "type": case.type, "hf_model": folders(case.family)}]), case)
+    first = run([case.stayer])[0].output
+    before = len(plain_layers(run.adapter))
+    assert before > 3
+    pays()
+    for _ in range(before + 3):
+        last = run([case.stayer])[0].output
+    left = plain_layers(run.adapter)
+    # T5 looks at the weight of this one, and heads are often one with the embeddings.
+    assert not [name for name in left if not name.endswith((".wo", "lm_head", "decoder"))]
+    assert any(name.endswith(".wo") for name in left) == (case.family in ("t5", "musicgen"))
+    assert alike(first, last, 1e-4)
+    run.adapter.unload()
+
+
+@pytest.mark.parametrize("family", ["masked_lm", "bart"])
+def test_bfloat16_layers_are_packed_as_a_model_loads(folders, family):
+    if not packs():
+        pytest.skip("this processor has no kernels for it")
+    auto = transformers.AutoModelForMaskedLM if family == "masked_lm" else None
+    auto = auto or transformers.AutoModelForSeq2SeqLM
+    model = auto.from_pretrained(folders(family), dtype=torch.bfloat16).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.inference_mode():
+        before = model(ids).logits.float()
+        keep_packed(model)
+        after = model(ids).logits.float()
+    assert not [one for one in model.modules() if type(one) is torch.nn.Linear]
+    assert not model._forward_pre_hooks  # there is nothing left to do
+    assert (after - before).abs().max() < 0.02 * before.abs().max()
+
+
+def test_where_it_does_not_pay_layers_are_as_they_were(folders, monkeypatch):
+    monkeypatch.setattr(packing, "SETTLED", 2)
+    monkeypatch.setattr(packing, "PAYS", 0)
+    packing._pays.cache_clear()
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folders("masked_lm")).eval()
+    layers = [name for name, one in model.named_modules() if type(one) is torch.nn.Linear]
+    keep_packed(model)
+    for _ in range(2 * len(layers)):
+        model(torch.tensor([[5, 6]]))
+    packing._pays.cache_clear()
+    assert layers == [name for name, one in model.named_modules() if type(one) is torch.nn.Linear]
+
+
+@pytest.mark.parametrize("mark", ["hf_device_map", "_hf_hook"])
+def test_a_part_that_is_moved_about_is_not_packed(folders, mark):
+    model = transformers.AutoModelForMaskedLM.from_pretrained(
+        folders("masked_lm"), dtype=torch.bfloat16
+    )
+    setattr(model, mark, {})
+    keep_packed(model)
+    assert [one for one in model.modules() if type(one) is torch.nn.Linear]
+
+
+def test_what_is_packed_holds_no_model(folders):
+    """Or an unloaded one's memory would be given back only when garbage is looked for."""
+    import gc
+    import weakref
+
+    folder = folders("question_answerer")  # which has a layer of its own
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+    keep_packed(model)
+    own = Packing(model)
+    gc.disable()
+    try:
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert own.over is False  # it knows of layers, and has none
+    own.before_run(FEW)
