@@ -114,7 +114,8 @@ def test_bfloat16_layers_are_packed_as_a_model_loads(folders, family):
         before = model(ids).logits.float()
         keep_packed(model)
         after = model(ids).logits.float()
-    assert not [one for one in model.modules() if type(one) is torch.nn.Linear]
+    left = [name for name, one in model.named_modules() if type(one) is torch.nn.Linear]
+    assert left == (["cls.predictions.decoder"] if family == "masked_lm" else [])  # the embeddings
     assert not model._forward_pre_hooks  # there is nothing left to do
     assert (after - before).abs().max() < 0.02 * before.abs().max()
 

@@ -31,7 +31,7 @@ def keep_packed(model: Any, *, runs: Any = None) -> None:
     """
     if hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook"):
         return
-    packing = Packing(model)
+    packing = Packing(model, copies=False)
     if packing.over:
         return
 
@@ -58,7 +58,8 @@ class Packing:
     tokens, and stay so.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, copies: bool = True) -> None:
+        """``copies`` is whether a head may become one, in bfloat16."""
         import torch
 
         # Of layers: their module, and name in it. What is packed keeps no model.
@@ -76,7 +77,7 @@ class Packing:
             if type(child) is torch.nn.Linear
             and type(child.weight.data) is torch.Tensor
             # What is packed later would be more than the model was counted with.
-            and (at_once or owners[id(child.weight)] == 1)
+            and ((copies and at_once) or owners[id(child.weight)] == 1)
             and not _is_read(type(module).forward, name)
         ]
         while at_once and self._packed < len(self._places):
