@@ -2,7 +2,7 @@
 
 ``python -m bench.generation`` measures a Llama of 33 million random weights, 8 layers of 512, at 1,
 4, 16 and 64 callers, with 64 tokens for each and with 16 to 128, in bfloat16 and float32. Each
-server is alone on the machine while it is measured; all of them stream, by the same route of
+of them is alone awake while it is measured, in turns; all servers stream, by the same route of
 OpenAI's and to the same callers. ``generate`` gets as many prompts at once as there are callers.
 """
 
@@ -12,21 +12,23 @@ import argparse
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
 
 from bench.chats import Result, measure
 from bench.jobs import median
-from bench.servers import ROOT, crane
+from bench.servers import ROOT, Server, crane
 
 CALLERS = (1, 4, 16, 64)
+ALONE, TOGETHER = "transformers serve", "… with continuous batching"
 # How many chats each of so many callers has; at one caller a chat takes longest.
 CHATS = {1: 4, 4: 4, 16: 4, 64: 3}
 WORDS = "the quick brown crane lifts a heavy load over the old harbour wall at dawn".split()  # noqa: SIM905
@@ -79,7 +81,7 @@ def build(folder: Path) -> None:
 
 
 @contextmanager
-def transformers_serve(folder: Path, dtype: str, *more: str) -> Iterator[tuple[int, str]]:
+def transformers_serve(folder: Path, dtype: str, *more: str) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,55 +102,110 @@ def transformers_serve(folder: Path, dtype: str, *more: str) -> Iterator[tuple[i
                         print(log.read().decode(), file=sys.stderr)
                         raise
                     time.sleep(0.5)
-            yield port, str(folder)
+            yield Server(process, port)
         finally:
             process.kill()
             process.wait(30)
 
 
 @contextmanager
-def crane_serve(folder: Path, dtype: str) -> Iterator[tuple[int, str]]:
+def crane_serve(folder: Path, dtype: str) -> Iterator[Server]:
     entry = {"id": "chat", "type": "chat", "hf_model": str(folder), "max_batch_size": 64}
     with tempfile.TemporaryDirectory() as place:
         models = Path(place) / "models.yaml"
         models.write_text(yaml.safe_dump({"models": [entry]}))
         with crane(CRANE_MODELS=models, CRANE_DTYPE=dtype, CRANE_THREADS=64) as server:
             measure(server.port, "chat", [("a", 2)], callers=1, stream=True)
-            yield server.port, "chat"
+            yield server
 
 
-def bare(folder: Path, dtype: str, lengths: str, callers: int) -> float:
-    """Tokens per second of one ``generate`` for as many prompts as there are callers."""
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, str(folder), dtype, lengths, str(callers)],
+@contextmanager
+def bare(folder: Path, dtype: str) -> Iterator[Callable[..., float]]:
+    """Tokens per second of one ``generate`` for as many prompts as there are callers.
+
+    In a process of its own, which waits where it is not asked: ``rate(lengths, callers, turn)``.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", BARE, str(folder), dtype],
         cwd=ROOT,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
-        check=True,
-        timeout=600,
     )
-    return float(done.stdout.split()[-1])
+
+    def rate(lengths: str, callers: int, turn: int) -> float:
+        process.stdin.write(f"{lengths} {callers} {turn}\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    try:
+        rate("equal", 16, 0)
+        yield rate
+    finally:
+        process.kill()
+        process.wait(30)
 
 
 BARE = """
-import statistics, sys, time, torch
+import sys, time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.generation import chats
-folder, dtype, lengths, callers = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+folder, dtype = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-asked = chats(lengths, callers)
-rates = []
-for first in range(0, 3 * callers, callers):
+for line in sys.stdin:
+    lengths, callers, turn = line.split()
+    asked, callers = chats(lengths, int(callers)), int(callers)
+    first = int(turn) * callers % len(asked)
     some = asked[first : first + callers]
     inputs = tokenizer([prompt for prompt, _ in some], return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)
     started = time.perf_counter()
     # Whoever wants fewer tokens has them when the longest is done.
     model.generate(**inputs, max_new_tokens=max(tokens for _, tokens in some), do_sample=False)
-    rates.append(sum(tokens for _, tokens in some) / (time.perf_counter() - started))
-print(statistics.median(rates))
+    print(sum(tokens for _, tokens in some) / (time.perf_counter() - started), flush=True)
 """
+
+
+def compare(folder: Path, dtype: str, args: argparse.Namespace) -> None:
+    starts: dict[str, tuple[str, AbstractContextManager[Server]]] = {
+        ALONE: (str(folder), transformers_serve(folder, dtype)),
+        TOGETHER: (str(folder), transformers_serve(folder, dtype, "--continuous-batching")),
+        "Crane": ("chat", crane_serve(folder, dtype)),
+    }
+    with ExitStack() as stack:
+        rate = stack.enter_context(bare(folder, dtype))
+        servers: dict[str, tuple[str, Server]] = {}
+        for name, (model, start) in starts.items():
+            if name in args.without:
+                continue
+            server = stack.enter_context(start)
+            # As they are once they have run for a while.
+            measure(server.port, model, chats("mixed", 4), callers=4, stream=True)
+            server.suspend()
+            stack.callback(server.resume)  # so that it can be ended
+            servers[name] = model, server
+        for lengths in args.lengths:
+            for callers in args.callers:
+                asked, rates = chats(lengths, callers), []
+                found: dict[str, list[Result]] = {}
+                for turn in range(args.rounds):
+                    rates.append(rate(lengths, callers, turn))
+                    for name, (model, server) in servers.items():
+                        # It has no batches, and takes minutes for many.
+                        if name == ALONE and (callers > 16 or turn):
+                            continue
+                        server.resume()
+                        for stream in (True, False) if name == "Crane" else (True,):
+                            result = measure(
+                                server.port, model, asked, callers=callers, stream=stream
+                            )
+                            shown = name if stream else "Crane, no stream"
+                            found.setdefault(shown, []).append(result)
+                        server.suspend()
+                medians = {name: median(results) for name, results in found.items()}
+                report(medians, dtype, lengths, callers, statistics.median(rates))
 
 
 def main() -> None:
@@ -160,61 +217,21 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        build(folder)
-        contenders = {
-            "transformers serve": lambda dtype: transformers_serve(folder, dtype),
-            "… with continuous batching": lambda dtype: transformers_serve(
-                folder, dtype, "--continuous-batching"
-            ),
-            "Crane": lambda dtype: crane_serve(folder, dtype),
-        }
+        build(Path(place))
         for dtype in args.dtypes:
-            found: dict[tuple[str, int, str], Result] = {}
-            for name, start in contenders.items():
-                if name in args.without:
-                    continue
-                with start(dtype) as (port, model):
-                    for lengths in args.lengths:
-                        for callers in args.callers:
-                            # It has no batches, and takes minutes for many.
-                            rounds = 1 if name == "transformers serve" else args.rounds
-                            if name == "transformers serve" and callers > 16:
-                                continue
-                            for stream in (True, False) if name == "Crane" else (True,):
-                                key = lengths, callers, name if stream else "Crane, no stream"
-                                found[key] = median(
-                                    [
-                                        measure(
-                                            port,
-                                            model,
-                                            chats(lengths, callers),
-                                            callers=callers,
-                                            stream=stream,
-                                        )
-                                        for _ in range(rounds)
-                                    ]
-                                )
-            for lengths in args.lengths:
-                for callers in args.callers:
-                    report(found, dtype, lengths, callers, bare(folder, dtype, lengths, callers))
+            compare(Path(place), dtype, args)
 
 
 def report(
-    found: dict[tuple[str, int, str], Result],
-    dtype: str,
-    lengths: str,
-    callers: int,
-    bare_rate: float,
+    here: dict[str, Result], dtype: str, lengths: str, callers: int, bare_rate: float
 ) -> None:
     print(f"{dtype}, {lengths} lengths, {callers} callers")
-    here = {name: one for (*where, name), one in found.items() if where == [lengths, callers]}
     for name, result in here.items():
         print(f"  {name:28}{result}")
     print(f"  {'one bare generate':28}{bare_rate:6.0f} tokens/s")
     ours = here["Crane"]
     ratios = [f"{ours.rate / bare_rate:.2f} of the bare batch"]
-    if other := here.get("… with continuous batching"):
+    if other := here.get(TOGETHER):
         ratios.append(f"{ours.rate / other.rate:.2f} of continuous batching")
         ratios.append(f"its first token in {ours.first_ms / other.first_ms:.2f} of the time")
     ratios.append(f"streaming keeps {ours.rate / here['Crane, no stream'].rate:.2f}")

@@ -20,14 +20,16 @@ MANY_TOKENS = 64  # rows of a run that reads; with more the ratio is as with so 
 PROBE = 2048  # rows and columns of what it is tried out with: 16 MB, as of a small model's layer
 PAYS = 0.9  # of the time
 SETTLED = 32  # runs after which a model is thought to stay for a while
+PAUSE_S = 0.1  # that a run waits for packing at most, but for a single layer's
 PATIENCE = 100  # runs of few before layers are as they were: a second, or some, of one text
 
 
 def keep_packed(model: Any, *, runs: Any = None) -> None:
     """Have a model's linear layers packed as ``Packing`` does, where one row gains and many do.
 
-    In float32 that is one layer at each run of ``runs``, the model itself unless it is told, once
-    it has run for a while: a load takes no longer. Parts that are moved about stay as they are.
+    In float32 that is one layer at each run of ``runs``, the model itself unless it is told, or as
+    many as take little of its time, once it has run for a while: a load takes no longer. Parts that
+    are moved about stay as they are.
     """
     if hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook"):
         return
@@ -35,8 +37,13 @@ def keep_packed(model: Any, *, runs: Any = None) -> None:
     if packing.over:
         return
 
+    last = time.monotonic()
+
     def pack(*_: Any) -> None:
-        packing.before_run(FEW + 1, kinds=(1, MANY_TOKENS))
+        nonlocal last
+        now = time.monotonic()
+        packing.before_run(FEW + 1, kinds=(1, MANY_TOKENS), seconds=min(PAUSE_S, (now - last) / 10))
+        last = now
         if packing.over:
             handle.remove()
 
@@ -90,19 +97,22 @@ class Packing:
         """Whether nothing will be packed any more, or unpacked, unless few rows come."""
         return self._packed >= len(self._places)
 
-    def before_run(self, rows: int, kinds: tuple[int, ...] = (1,)) -> None:
+    def before_run(self, rows: int, kinds: tuple[int, ...] = (1,), seconds: float = 0.0) -> None:
         """Pack one layer more, or one less, if it pays: all at once would keep callers waiting.
 
         ``kinds`` are the numbers of rows that have to gain for a settled model to be packed for
-        good.
+        good; ``seconds`` are for further layers.
         """
         if not self._places:
             return
         self._runs_of_few = self._runs_of_few + 1 if rows <= FEW else 0
         self._runs += 1
         always = self._runs > SETTLED and all(_pays(many) for many in kinds)
-        if (always or rows >= MANY) and self._packed < len(self._places):
+        if (always or rows >= MANY) and not self.over:
+            until = time.monotonic() + seconds
             self._pack()
+            while not self.over and time.monotonic() < until:
+                self._pack()
         elif not always and self._runs_of_few > PATIENCE and self._packed:
             self._unpack()
 
