@@ -78,11 +78,15 @@ class DiffusersAdapter(Adapter):
         if self.spec.compile:
             compile_module(self.denoiser, self.device)
         else:
-            for part in self._learned():
-                keep_packed(part)
+            self.pack()
         decoder = getattr(pipeline.components.get("vae"), "decoder", None)
         if decoder is not None:
             decoder.register_forward_hook(_check_decoded)
+
+    def pack(self) -> None:
+        """Have the linear layers as a processor's kernels want them: a pixel may differ by 1."""
+        for part in self._learned():
+            keep_packed(part)
 
     def suited(self, pipeline: Any) -> Any:
         """The pipeline that does the task with what a checkpoint's own was loaded with.

@@ -78,6 +78,9 @@ class MeshMaker(DiffusersAdapter):
             {name: self.applied(options, name) for name in names},
         )
 
+    def pack(self) -> None:
+        """No layer is: the same seed would not give the very same mesh before it and after."""
+
     def _tokens(self, prompt: str) -> tuple[int, int]:
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(prompt, verbose=False)["input_ids"]
