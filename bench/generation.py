@@ -115,7 +115,6 @@ def crane_serve(folder: Path, dtype: str) -> Iterator[Server]:
         models = Path(place) / "models.yaml"
         models.write_text(yaml.safe_dump({"models": [entry]}))
         with crane(CRANE_MODELS=models, CRANE_DTYPE=dtype, CRANE_THREADS=64) as server:
-            measure(server.port, "chat", [("a", 2)], callers=1, stream=True)
             yield server
 
 
@@ -155,9 +154,10 @@ folder, dtype = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 for line in sys.stdin:
-    lengths, callers, turn = line.split()
-    asked, callers = chats(lengths, int(callers)), int(callers)
-    first = int(turn) * callers % len(asked)
+    lengths, *numbers = line.split()
+    callers, turn = map(int, numbers)
+    asked = chats(lengths, callers)
+    first = turn * callers % len(asked)
     some = asked[first : first + callers]
     inputs = tokenizer([prompt for prompt, _ in some], return_tensors="pt", padding=True)
     inputs.pop("token_type_ids", None)

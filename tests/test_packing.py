@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +13,7 @@ from tests.checkpoints import BUILDERS as TEXTS
 from tests.checkpoints import built_when_asked, sentence
 from tests.generic_checkpoints import LABELS
 from tests.speech_checkpoints import BUILDERS as SPEECH
-from tests.test_leaving_a_batch import BUILDERS, CASES, Case, Run
+from tests.test_leaving_a_batch import BUILDERS, CASES, Case, Run, same
 
 FAMILIES = ("question_answerer", "cross_encoder", "nli", "detr", "clip", "idefics3", "vilt")
 FAMILIES += ("stable_diffusion", "ctc_without_mask", "whisper")
@@ -60,27 +59,13 @@ def parts(adapter):
     return [model.model if isinstance(model, SoundModel) else model]
 
 
-def plain_layers(adapter):
+def plain_layers(*models):
     return [
         name
-        for part in parts(adapter)
-        for name, module in part.named_modules()
+        for model in models
+        for name, module in model.named_modules()
         if type(module) is torch.nn.Linear
     ]
-
-
-def alike(one, other, within):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(alike(one[k], other[k], within) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(
-            alike(*pair, within) for pair in zip(one, other, strict=True)
-        )
-    if isinstance(one, np.ndarray) and one.dtype == np.uint8:
-        return np.abs(one.astype(int) - other).max() <= 1
-    if isinstance(one, float | np.ndarray):
-        return np.allclose(one, other, atol=within)
-    return one == other
 
 
 @pytest.mark.parametrize("case", [*KINDS.values(), *OTHERS], ids=lambda case: case.family)
@@ -89,16 +74,16 @@ def test_float32_layers_are_packed_once_a_model_has_run_for_a_while(make_app, fo
         pytest.skip("this processor has no kernels for it")
     run = Run(make_app([{"id": "it", "type": case.type, "hf_model": folders(case.family)}]), case)
     first = run([case.stayer])[0].output
-    before = len(plain_layers(run.adapter))
+    before = len(plain_layers(*parts(run.adapter)))
     assert before > 3
     pays()
     for _ in range(before + 3):
         last = run([case.stayer])[0].output
-    left = plain_layers(run.adapter)
+    left = plain_layers(*parts(run.adapter))
     # T5 looks at the weight of this one, and heads are often one with the embeddings.
     assert not [name for name in left if not name.endswith((".wo", "lm_head", "decoder"))]
     assert any(name.endswith(".wo") for name in left) == (case.family in ("t5", "musicgen"))
-    assert alike(first, last, 1e-4)
+    assert same(first, last, within=1e-4)
     run.adapter.unload()
 
 
@@ -114,8 +99,8 @@ def test_bfloat16_layers_are_packed_as_a_model_loads(folders, family):
         before = model(ids).logits.float()
         keep_packed(model)
         after = model(ids).logits.float()
-    left = [name for name, one in model.named_modules() if type(one) is torch.nn.Linear]
-    assert left == (["cls.predictions.decoder"] if family == "masked_lm" else [])  # the embeddings
+    # It is the embeddings.
+    assert plain_layers(model) == (["cls.predictions.decoder"] if family == "masked_lm" else [])
     assert not model._forward_pre_hooks  # there is nothing left to do
     assert (after - before).abs().max() < 0.02 * before.abs().max()
 
@@ -125,12 +110,12 @@ def test_where_it_does_not_pay_layers_are_as_they_were(folders, monkeypatch):
     monkeypatch.setattr(packing, "PAYS", 0)
     packing._pays.cache_clear()
     model = transformers.AutoModelForMaskedLM.from_pretrained(folders("masked_lm")).eval()
-    layers = [name for name, one in model.named_modules() if type(one) is torch.nn.Linear]
+    layers = plain_layers(model)
     keep_packed(model)
     for _ in range(2 * len(layers)):
         model(torch.tensor([[5, 6]]))
     packing._pays.cache_clear()
-    assert layers == [name for name, one in model.named_modules() if type(one) is torch.nn.Linear]
+    assert plain_layers(model) == layers
 
 
 @pytest.mark.parametrize("mark", ["hf_device_map", "_hf_hook"])
@@ -140,7 +125,7 @@ def test_a_part_that_is_moved_about_is_not_packed(folders, mark):
     )
     setattr(model, mark, {})
     keep_packed(model)
-    assert [one for one in model.modules() if type(one) is torch.nn.Linear]
+    assert plain_layers(model)
 
 
 def test_what_is_packed_holds_no_model(folders):

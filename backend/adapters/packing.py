@@ -36,7 +36,6 @@ def keep_packed(model: Any, *, runs: Any = None) -> None:
     packing = Packing(model, copies=False)
     if packing.over:
         return
-
     last = time.monotonic()
 
     def pack(*_: Any) -> None:
@@ -87,9 +86,9 @@ class Packing:
             and ((copies and at_once) or owners[id(child.weight)] == 1)
             and not _is_read(type(module).forward, name)
         ]
-        while at_once and self._packed < len(self._places):
-            self._pack()
         if at_once:
+            while not self.over:
+                self._pack()
             self._places.clear()  # for good: nothing is left to pack, or to unpack
 
     @property

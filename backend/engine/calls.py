@@ -265,10 +265,10 @@ class Item:
     def answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
         if isinstance(result, CraneError):
             self.error = result
-        elif isinstance(result, Prediction) and has_nan(result.output):
-            self.error = not_numbers()
-        elif isinstance(result, Prediction):
-            self.prediction = result
-        else:
+        elif not isinstance(result, Prediction):
             self.error = InternalError()
+        elif has_nan(result.output):
+            self.error = not_numbers()
+        else:
+            self.prediction = result
         self.job._item_done(about)
