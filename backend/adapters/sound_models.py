@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from backend.adapters.packing import keep_packed
 from backend.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ class SoundModel(ABC):
         model_class = getattr(transformers, self.class_name)
         how = {"dtype": dtype, **revision, **self.prepare(kwargs, dtype)}
         self.model = model_class.from_pretrained(weights, **how).to(device).eval()
-        keep_packed(self.model)
         self.config = self.model.config
         self.rate: int = 0
         known = self.tokenizer.model_max_length
