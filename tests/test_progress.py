@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from transformers import core_model_loading
 
 from backend.adapters import progress
 from backend.adapters.echo import Echo
@@ -84,7 +85,16 @@ def test_who_waits_for_a_download_is_told_how_far_it_is(gunicorn, hub, llama, tm
 # Reading
 
 
-def test_weights_that_are_read_are_counted_as_they_come(make_app, llama, tmp_path_factory):
+def test_weights_that_are_read_are_counted_as_they_come(
+    make_app, llama, tmp_path_factory, monkeypatch
+):
+    read = core_model_loading._materialize_copy
+
+    def read_as_from_a_slow_disk(*arguments):
+        time.sleep(4 * progress.LOOK_S)
+        return read(*arguments)
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", read_as_from_a_slow_disk)
     folder = tmp_path_factory.mktemp("of") / "larger"
     large_llama(folder, layers=7)
     small, large = (
