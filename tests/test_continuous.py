@@ -214,11 +214,36 @@ def test_any_parts_of_texts_run_together_as_each_alone(monkeypatch, name, dtype,
                     texts.pop()
 
 
+def test_the_cache_has_room_for_the_texts_that_are_there_not_for_those_that_were():
+    model = model_of("Llama")
+    decoder = slots.Decoder(model, model.layout)
+
+    def tokens_with_room():
+        keys, _ = decoder._slots._parts[0]
+        return keys.shape[0] * keys.shape[2]
+
+    with torch.inference_mode():
+        for _ in range(16):
+            decoder.add()
+        decoder.run([[5] * 20] * 16)
+        while len(decoder.lengths) > 1:
+            decoder.drop(0)
+        decoder.run([[6] * 480])
+        assert 500 <= tokens_with_room() <= 600
+        decoder.add()
+        decoder.run([[6], [5] * 20])
+        decoder.drop(0)
+        for _ in range(14):
+            decoder.add()
+        decoder.run([[5]] + [[5] * 20] * 14)
+        assert 300 <= tokens_with_room() <= 600
+
+
 def test_short_prompts_are_not_padded_to_the_longest():
     draw = random.Random(3)
     for _ in range(200):
         counts = [draw.choice([1, 1, 2, 30, 400]) for _ in range(draw.randrange(1, 40))]
-        groups = slots._groups([7] * len(counts), counts, torch.device("cpu"), False)
+        groups = slots._groups([7] * len(counts), counts, torch.device("cpu"), None)
         sizes = [group.shape for group in groups]
         assert sum(slots for slots, _ in sizes) == len(counts)
         assert sum(slots * tokens for slots, tokens in sizes) <= 2 * sum(counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +14,7 @@ from backend.adapters.prefixes import Prefix
 if TYPE_CHECKING:
     import torch
 
-STEP = 64  # columns by which the cache grows at least
-# Columns that are attended to are a multiple, where kernels are made for each number of them.
-WIDTH = 16
+STEP = 32  # columns by which the cache grows at least
 PADDED = 2  # tokens of a group that attends at once, with its padding, for each of its own
 ATTENTION = "crane_slots"  # by which transformers knows ``attend``
 
@@ -118,20 +116,21 @@ class _Group:
         starts: list[int],
         counts: list[int],
         device: torch.device,
-        by_products: bool,
+        products: int | None,
     ) -> None:
         """``starts`` are where the tokens of each are in the row, and ``counts`` how many.
 
-        ``by_products`` is whether those with one token each attend as ``_found`` has it.
+        Those with one token each attend as ``_found`` has it if ``products`` is not None, but the
+        columns of the whole cache.
         """
         import torch
 
         most = max(counts)
         self.shape = len(lengths), most
-        self.by_products = by_products and most == 1
+        self.by_products = products is not None and most == 1
         self._width = max(map(sum, zip(lengths, counts, strict=True)))
-        if self.by_products:
-            self._width = -(-self._width // WIDTH) * WIDTH
+        if products is not None and self.by_products:
+            self._width = products
         # Of keys and values, what any of them sees.
         self.seen = slice(first, first + len(lengths)), slice(None), slice(self._width)
         # Who has fewer than others asks for its last again, which gives the same again.
@@ -183,7 +182,7 @@ def _slots_class() -> Any:
             self._parts: dict[int, list[torch.Tensor]] = {}
             self._layer = 0
             self._rows = self._columns = torch.empty(0, dtype=torch.long)
-            self._size = 0, 0
+            self._size = 0, 0  # slots and columns that there is room for
             self._groups: list[_Group] = []
 
         def prepare(
@@ -198,15 +197,40 @@ def _slots_class() -> Any:
             ]
             self._rows = torch.tensor(rows, device=device)
             self._columns = torch.tensor(columns, device=device)
-            self._size = len(counts), max(columns) + 1
-            self._groups = _groups(lengths, counts, device, self._by_products)
+            self._fit(len(counts), max(columns) + 1)
+            # A part of its columns would be copied first.
+            products = self._size[1] if self._by_products else None
+            self._groups = _groups(lengths, counts, device, products)
             return self._columns
+
+        def _fit(self, slots: int, columns: int) -> None:
+            """Have room for so many slots and columns, and not for many more columns."""
+            room, width = self._size
+            fits = width // 2 < columns <= width
+            if fits and slots <= room:
+                return
+            if fits:
+                slots = max(slots, room * 5 // 4)  # each growth copies it all
+            else:
+                step = STEP * max(1, columns // (16 * STEP))
+                width = -(-columns // step) * step
+            self._size = slots, width
+            for parts in self._parts.values():
+                for place, part in enumerate(parts):
+                    parts[place] = self._room(part)
+                    kept = tuple(map(slice, map(min, part.shape, parts[place].shape)))
+                    parts[place][kept] = part[kept]
+
+        def _room(self, like: torch.Tensor) -> torch.Tensor:
+            _, heads, _, features = like.shape
+            slots, columns = self._size
+            return like.new_zeros((slots, heads, columns, features))
 
         def fill(self, slot: int, known: Prefix) -> None:
             """Copy what is known of a text's beginning into its slot."""
+            self._fit(slot + 1, max(known.length + 1, self._size[1]))
             for layer, pair in enumerate(known.layers):
-                parts = self._room(layer, pair, slot + 1, known.length + 1)
-                for part, new in zip(parts, pair, strict=True):
+                for part, new in zip(self._of(layer, pair), pair, strict=True):
                     part[slot, :, : known.length] = new[0]
 
         def of(self, slot: int, length: int) -> list[tuple[torch.Tensor, ...]]:
@@ -233,7 +257,7 @@ def _slots_class() -> Any:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """Keep what a run has made; ``attend``, which comes next, finds it."""
             new = (keys, values)
-            for part, one in zip(self._room(layer, new, *self._size), new, strict=True):
+            for part, one in zip(self._of(layer, new), new, strict=True):
                 part[self._rows, :, self._columns] = one[0].transpose(0, 1)
             self._layer = layer
             return new
@@ -263,15 +287,11 @@ def _slots_class() -> Any:
                 whole[group.places] = own
             return whole[None]
 
-        def _room(self, layer: int, like: Any, slots: int, columns: int) -> list[torch.Tensor]:
-            """A layer's keys and values, with so many slots and columns at least."""
-            parts = self._parts.get(layer)
-            if parts is None or parts[0].shape[0] < slots or parts[0].shape[2] < columns:
-                parts = self._parts[layer] = [
-                    _grown(parts[place] if parts else None, one, slots, columns)
-                    for place, one in enumerate(like)
-                ]
-            return parts
+        def _of(self, layer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            """A layer's keys and values."""
+            if layer not in self._parts:
+                self._parts[layer] = [self._room(one) for one in like]
+            return self._parts[layer]
 
     def attend(
         module: Any,
@@ -308,7 +328,7 @@ def _found(asked: Any, keys: Any, values: Any, mask: Any, scaling: float | None)
 
 
 def _groups(
-    lengths: list[int], counts: list[int], device: torch.device, by_products: bool
+    lengths: list[int], counts: list[int], device: torch.device, products: int | None
 ) -> list[_Group]:
     """All slots, in groups of as like counts of tokens as ``PADDED`` wants."""
     groups: list[_Group] = []
@@ -319,21 +339,6 @@ def _groups(
         if slot == len(counts) or (slot - first + 1) * most > PADDED * tokens:
             here = slice(first, slot)
             own = lengths[here], starts[here], counts[here]
-            groups.append(_Group(first, *own, device, by_products))
+            groups.append(_Group(first, *own, device, products))
             first, most, tokens = slot, count, count
     return groups
-
-
-def _grown(old: Any, like: Any, slots: int, columns: int) -> Any:
-    """A tensor with more slots or columns, and what the old one has."""
-    if old is not None:
-        slots, columns = max(slots, old.shape[0]), max(columns, old.shape[2])
-        if columns > old.shape[2]:
-            columns = max(columns, old.shape[2] * 5 // 4)  # each growth copies it all
-        if slots > old.shape[0]:
-            slots = max(slots, old.shape[0] * 5 // 4)
-    columns = -(-columns // STEP) * STEP
-    new = like.new_zeros((slots, like.shape[1], columns, like.shape[3]))
-    if old is not None:
-        new[: old.shape[0], :, : old.shape[2]] = old
-    return new
