@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate.hooks
 import pytest
 import torch
 import transformers
@@ -129,14 +130,42 @@ def test_where_it_does_not_pay_layers_are_as_they_were(folders, monkeypatch):
     assert plain_layers(model) == layers
 
 
-@pytest.mark.parametrize("mark", ["hf_device_map", "_hf_hook"])
-def test_a_part_that_is_moved_about_is_not_packed(folders, mark):
+@pytest.mark.parametrize("pack", [keep_packed, Packing])
+@pytest.mark.parametrize(
+    ("places", "left"),
+    [
+        pytest.param({"": "cpu"}, 0, id="all in one place"),
+        pytest.param({"bert": "cpu", "cls": "cpu"}, 0, id="two in one place"),
+        pytest.param(
+            {
+                "bert.embeddings": "cpu",
+                "bert.encoder.layer.0": "cpu",
+                "bert.encoder.layer.1": "disk",
+            }
+            | {"cls": "cpu"},
+            12,
+            id="two places",
+        ),
+    ],
+)
+def test_what_has_a_device_map_is_packed_if_it_stays_in_one_place(
+    folders, tmp_path, pack, places, left
+):
+    model = transformers.AutoModelForMaskedLM.from_pretrained(
+        folders("masked_lm"), dtype=torch.bfloat16, device_map=places, offload_folder=tmp_path
+    )
+    pack(model)
+    assert len(plain_layers(model.bert)) == left
+    model(torch.tensor([[5, 6]]))
+
+
+def test_a_part_that_is_moved_about_is_not_packed(folders):
     model = transformers.AutoModelForMaskedLM.from_pretrained(
         folders("masked_lm"), dtype=torch.bfloat16
     )
-    setattr(model, mark, {})
+    model._hf_hook = accelerate.hooks.ModelHook()
     keep_packed(model)
-    assert plain_layers(model)
+    assert len(plain_layers(model.bert)) == 12
 
 
 def test_what_is_packed_holds_no_model(folders):

@@ -28,11 +28,8 @@ def keep_packed(model: Any, *, runs: Any = None) -> None:
     """Have a model's linear layers packed as ``Packing`` does, where one row gains and many do.
 
     In float32 that is one layer at each run of ``runs``, the model itself unless it is told, or as
-    many as take little of its time, once it has run for a while: a load takes no longer. Parts that
-    are moved about stay as they are.
+    many as take little of its time, once it has run for a while: a load takes no longer.
     """
-    if hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook"):
-        return
     packing = Packing(model, copies=False)
     if packing.over:
         return
@@ -61,7 +58,7 @@ class Packing:
     float32 the model stays as it was loaded, which takes no time as its weights are mapped from
     their file, until many texts are written at once; and becomes so again when there are few.
     Where a single text gains as well, all layers are packed once the model has run for some
-    tokens, and stay so.
+    tokens, and stay so. A model whose parts are moved about stays as it is.
     """
 
     def __init__(self, model: Any, *, copies: bool = True) -> None:
@@ -73,6 +70,8 @@ class Packing:
         self._packed = 0  # so many of them, the first ones
         self._runs = self._runs_of_few = 0
         if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
+            return
+        if hasattr(model, "_hf_hook"):  # as accelerate's device maps of several places have it
             return
         at_once = model.dtype == torch.bfloat16
         owners = Counter(id(one) for part in model.modules() for one in part._parameters.values())
