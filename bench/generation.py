@@ -207,13 +207,13 @@ def compare(folder: Path, dtype: str, args: argparse.Namespace) -> None:
                             shown = name if stream else "Crane, no stream"
                             found.setdefault(shown, []).append(result)
                         server.suspend()
-                medians = {name: median(results) for name, results in found.items()}
-                report(medians, dtype, lengths, callers, statistics.median(rates))
+                print(f"{dtype}, {lengths} lengths, {callers} callers")
+                report(found, rates)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--callers", nargs="+", type=int, default=CALLERS)
     parser.add_argument("--lengths", nargs="+", default=["equal", "mixed"])
@@ -225,20 +225,25 @@ def main() -> None:
             compare(Path(place), dtype, args)
 
 
-def report(
-    here: dict[str, Result], dtype: str, lengths: str, callers: int, bare_rate: float
-) -> None:
-    print(f"{dtype}, {lengths} lengths, {callers} callers")
-    for name, result in here.items():
-        print(f"  {name:28}{result}")
-    print(f"  {'one bare generate':28}{bare_rate:6.0f} tokens/s")
-    ours = here["Crane"]
-    ratios = [f"{ours.rate / bare_rate:.2f} of the bare batch"]
-    if other := here.get(TOGETHER):
-        ratios.append(f"{ours.rate / other.rate:.2f} of continuous batching")
-        ratios.append(f"its first token in {ours.first_ms / other.first_ms:.2f} of the time")
-    ratios.append(f"streaming keeps {ours.rate / here['Crane, no stream'].rate:.2f}")
+def report(found: dict[str, list[Result]], bare_rates: list[float]) -> None:
+    """The medians of each, and of the ratios of each turn: a machine is not always as fast."""
+    for name, results in found.items():
+        print(f"  {name:28}{median(results)}")
+    print(f"  {'one bare generate':28}{statistics.median(bare_rates):6.0f} tokens/s")
+    rates = {name: [result.rate for result in results] for name, results in found.items()}
+    ours = rates["Crane"]
+    ratios = [f"{_ratio(ours, bare_rates)} of the bare batch"]
+    if TOGETHER in found:
+        firsts = [[one.first_ms for one in found[name]] for name in ("Crane", TOGETHER)]
+        ratios.append(f"{_ratio(ours, rates[TOGETHER])} of continuous batching")
+        ratios.append(f"its first token in {_ratio(*firsts)} of the time")
+    ratios.append(f"streaming keeps {_ratio(ours, rates['Crane, no stream'])}")
     print(f"  Crane: {', '.join(ratios)}", flush=True)
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    each = [own / other for own, other in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
 if __name__ == "__main__":

@@ -153,19 +153,19 @@ def _pays(rows: int) -> bool:
     """
     import torch
 
-    def best(layer: Any) -> float:
-        some, times = torch.ones(rows, PROBE), []
-        for _ in range(7):
-            started = time.perf_counter()
-            layer(some)
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    plain = _linear(torch.ones(PROBE, PROBE), None)
+    plain, some = _linear(torch.ones(PROBE, PROBE), None), torch.ones(rows, PROBE)
     try:
-        return best(_packed_class()(plain)) < PAYS * best(plain)
+        layers = _packed_class()(plain), plain
     except (AttributeError, RuntimeError):  # as in ``Packing._pack``
         return False
+    times: tuple[list[float], list[float]] = [], []
+    for _ in range(7):  # in turns, as others may use the processor meanwhile
+        for layer, own in zip(layers, times, strict=True):
+            started = time.perf_counter()
+            layer(some)
+            own.append(time.perf_counter() - started)
+    packed_s, plain_s = map(min, times)
+    return packed_s < PAYS * plain_s
 
 
 def _linear(weight: Any, bias: Any) -> Any:
