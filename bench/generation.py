@@ -232,12 +232,14 @@ def report(found: dict[str, list[Result]], bare_rates: list[float]) -> None:
     print(f"  {'one bare generate':28}{statistics.median(bare_rates):6.0f} tokens/s")
     rates = {name: [result.rate for result in results] for name, results in found.items()}
     ours = rates["Crane"]
+    ratios = []
     if TOGETHER in found:
         firsts = [[one.first_ms for one in found[name]] for name in ("Crane", TOGETHER)]
-        print(f"  Crane: {_ratio(ours, rates[TOGETHER])} of continuous batching,")
-        print(f"    its first token in {_ratio(*firsts)} of the time,")
-    print(f"    {_ratio(ours, bare_rates)} of the bare batch,")
-    print(f"    streaming keeps {_ratio(ours, rates['Crane, no stream'])}", flush=True)
+        ratios.append(f"{_ratio(ours, rates[TOGETHER])} of continuous batching")
+        ratios.append(f"its first token in {_ratio(*firsts)} of the time")
+    ratios.append(f"{_ratio(ours, bare_rates)} of the bare batch")
+    ratios.append(f"streaming keeps {_ratio(ours, rates['Crane, no stream'])}")
+    print("  Crane: " + ",\n    ".join(ratios), flush=True)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> str:

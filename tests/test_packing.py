@@ -141,8 +141,8 @@ def test_where_it_does_not_pay_layers_are_as_they_were(folders, monkeypatch):
                 "bert.embeddings": "cpu",
                 "bert.encoder.layer.0": "cpu",
                 "bert.encoder.layer.1": "disk",
-            }
-            | {"cls": "cpu"},
+                "cls": "cpu",
+            },
             12,
             id="two places",
         ),

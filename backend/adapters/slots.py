@@ -14,7 +14,8 @@ from backend.adapters.prefixes import Prefix
 if TYPE_CHECKING:
     import torch
 
-STEP = 32  # columns by which the cache grows at least
+# Columns by which the cache grows at least: kernels are made anew for each number of them.
+STEP = 32
 PADDED = 2  # tokens of a group that attends at once, with its padding, for each of its own
 ATTENTION = "crane_slots"  # by which transformers knows ``attend``
 
@@ -120,17 +121,16 @@ class _Group:
     ) -> None:
         """``starts`` are where the tokens of each are in the row, and ``counts`` how many.
 
-        Those with one token each attend as ``_found`` has it if ``products`` is not None, but the
-        columns of the whole cache.
+        ``products`` are the columns of the cache if those with one token each attend to all of
+        them, as ``_found`` has it.
         """
         import torch
 
         most = max(counts)
         self.shape = len(lengths), most
-        self.by_products = products is not None and most == 1
-        self._width = max(map(sum, zip(lengths, counts, strict=True)))
-        if products is not None and self.by_products:
-            self._width = products
+        whole = products if most == 1 else None
+        self.by_products = whole is not None
+        self._width = whole or max(map(sum, zip(lengths, counts, strict=True)))
         # Of keys and values, what any of them sees.
         self.seen = slice(first, first + len(lengths)), slice(None), slice(self._width)
         # Who has fewer than others asks for its last again, which gives the same again.
@@ -198,7 +198,7 @@ def _slots_class() -> Any:
             self._rows = torch.tensor(rows, device=device)
             self._columns = torch.tensor(columns, device=device)
             self._fit(len(counts), max(columns) + 1)
-            # A part of its columns would be copied first.
+            # Products would copy a part of the columns first.
             products = self._size[1] if self._by_products else None
             self._groups = _groups(lengths, counts, device, products)
             return self._columns
@@ -222,6 +222,7 @@ def _slots_class() -> Any:
                     parts[place][kept] = part[kept]
 
         def _room(self, like: torch.Tensor) -> torch.Tensor:
+            """Empty room for a layer's keys or values, which are like these."""
             _, heads, _, features = like.shape
             slots, columns = self._size
             return like.new_zeros((slots, heads, columns, features))
@@ -230,7 +231,7 @@ def _slots_class() -> Any:
             """Copy what is known of a text's beginning into its slot."""
             self._fit(slot + 1, max(known.length + 1, self._size[1]))
             for layer, pair in enumerate(known.layers):
-                for part, new in zip(self._of(layer, pair), pair, strict=True):
+                for part, new in zip(self._kept(layer, pair), pair, strict=True):
                     part[slot, :, : known.length] = new[0]
 
         def of(self, slot: int, length: int) -> list[tuple[torch.Tensor, ...]]:
@@ -257,7 +258,7 @@ def _slots_class() -> Any:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """Keep what a run has made; ``attend``, which comes next, finds it."""
             new = (keys, values)
-            for part, one in zip(self._of(layer, new), new, strict=True):
+            for part, one in zip(self._kept(layer, new), new, strict=True):
                 part[self._rows, :, self._columns] = one[0].transpose(0, 1)
             self._layer = layer
             return new
@@ -287,7 +288,7 @@ def _slots_class() -> Any:
                 whole[group.places] = own
             return whole[None]
 
-        def _of(self, layer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        def _kept(self, layer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             """A layer's keys and values."""
             if layer not in self._parts:
                 self._parts[layer] = [self._room(one) for one in like]
