@@ -37,6 +37,7 @@ def _asked(known: Any) -> dict[str, Any]:
         "input_": body["input"],
         "options": body["options"],
         "request_id": known.request_id,
+        "caller": known.caller.subject,
         "caller_socket": request.environ.get("gunicorn.socket"),  # other servers keep it
     }
 

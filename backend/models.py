@@ -62,6 +62,7 @@ def run_model(
     options: Any,
     *,
     request_id: str,
+    caller: str = "",
     one_output: bool = False,
     caller_socket: socket | None = None,
 ) -> tuple[Any, dict[str, Any]]:
@@ -71,7 +72,7 @@ def run_model(
     that can be delivered and there would be several; ``ClientClosedRequest`` where there is a
     ``caller_socket``, and its other end is closed while the model runs.
     """
-    asked = Asked(crane, model_id, input_, options, request_id)
+    asked = Asked(crane, model_id, input_, options, request_id, caller)
     if one_output:
         asked.check_one_output()
     with crane.admission(), crane.media.reading() as reading:
@@ -86,6 +87,7 @@ def stream_model(
     options: Any,
     *,
     request_id: str,
+    caller: str = "",
     caller_socket: socket | None = None,
 ) -> Generator[Event | None]:
     """Run a model as ``run_model`` does, and tell of it: its events, its ``output``, ``done``.
@@ -93,7 +95,7 @@ def stream_model(
     None says that there was nothing to tell for ``IDLE_S``. Whoever stops listening, by closing
     the generator, stops the work. Raises what ``run_model`` raises, wherever it happens.
     """
-    asked = Asked(crane, model_id, input_, options, request_id)
+    asked = Asked(crane, model_id, input_, options, request_id, caller)
     with (
         crane.admission(),
         crane.media.reading() as reading,
@@ -116,7 +118,13 @@ class Asked:
     """
 
     def __init__(
-        self, crane: Crane, model_id: str, input_: Any, options: Any, request_id: str
+        self,
+        crane: Crane,
+        model_id: str,
+        input_: Any,
+        options: Any,
+        request_id: str,
+        caller: str,
     ) -> None:
         self._started = time.perf_counter()
         self._config = crane.config
@@ -127,6 +135,7 @@ class Asked:
         self._input = input_
         self._batched = type(input_) is list
         self._request_id = request_id
+        self._caller = caller
         self._seeds: list[int] | None = None
 
     def check_one_output(self) -> None:
@@ -150,6 +159,7 @@ class Asked:
             timeout_s=max(0.0, self._config.request_timeout_s - reading.fetching_s),
             keep_alive_s=self._keep_alive_s,
             stream=stream,
+            caller=self._caller,
         )
 
     def shown(self, event: Event) -> Event:

@@ -58,6 +58,8 @@ class Call:
     timeout_s: float
     keep_alive_s: float | None = None
     stream: bool = False  # whether to tell of it before its answer
+    # Whose quota the call is on. Models are shared fairly between callers, prefixes not at all.
+    caller: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -233,6 +235,10 @@ class Item:
     def listens(self) -> bool:
         """Whether its caller is told of its run."""
         return self.job.call.stream
+
+    @property
+    def caller(self) -> str:
+        return self.job.call.caller
 
     def cancelled(self) -> bool:
         return self.job.cancelled
