@@ -145,6 +145,7 @@ class Entry(StrictSchema):
     max_batch_size = Integer(low=1, high=4096, load_default=32)
     replicas = Integer(low=1, high=64, load_default=1)
     pinned = Boolean(load_default=False)
+    share_prefixes = Boolean(load_default=False)
     idle_timeout = KeepAlive(load_default=None, allow_none=False)
     cost = CostField(load_default=Cost(per_request=1))
 
@@ -169,6 +170,7 @@ class ModelSpec:
     max_batch_size: int = 32
     replicas: int = 1
     pinned: bool = False
+    share_prefixes: bool = False
     idle_timeout: float | None = None  # seconds
     cost: Cost = Cost(per_request=1)
     folder: Path = Path()

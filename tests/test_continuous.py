@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from backend.adapters import continuous, packing, prefixes, slots
+from backend.adapters import continuous, packing, slots
 from backend.adapters.base import Prediction, too_late
 from backend.adapters.echo import Echo
 from backend.adapters.footprint import count
@@ -98,6 +98,7 @@ def entry(place, prompt):
         def __init__(self):
             self.place, self.input = place, prompt
             self.options, self.seed, self.listens = {}, None, False
+            self.caller = ""
 
         def cancelled(self):
             return isinstance(prompt, Left) and Left.after()
@@ -351,37 +352,6 @@ def test_the_beginning_that_prompts_have_in_common_is_read_once(monkeypatch):
     assert [text.usage["cached_tokens"] for text in others] == [len(begins)] * 7
 
 
-def layers_of(ids):
-    part = torch.tensor(ids, dtype=torch.float32)[None, None, :, None]
-    return [(part, part)]
-
-
-def test_beginnings_are_kept_while_there_is_room_the_last_used_longest():
-    one, two, three = ([place, *range(LEAST)] for place in (1, 2, 3))
-    size = 2 * 4 * len(one)
-    kept = Prefixes(2 * size)
-    kept.keep(one, layers_of(one))
-    kept.keep(two, layers_of(two))
-    assert kept.find([*one, 7]).length == len(one)
-    kept.keep(three, layers_of(three))
-    assert kept.find(two) is None
-    found = kept.find([*one[:-1], 99])
-    assert found.length == len(one) - 1
-    assert found.layers[0][0].flatten().tolist() == one[:-1]
-    longer = [*three, 5]
-    kept.keep(longer, layers_of(longer))  # too much beside `one`; it has all of `three`
-    assert kept.find(one) is None
-    assert kept.find([*longer, 1]).length == len(longer)
-    kept.keep(three, layers_of(three))
-    assert len(kept._kept) == 1
-    much = list(range(1000))
-    kept.keep(much, layers_of(much))
-    assert kept.find(much).length == LEAST - 1 if LEAST < 32 else kept.find(much) is None
-    short = one[: LEAST - 1]
-    kept.keep(short, layers_of(short))
-    assert prefixes._common(kept._kept[0][0], kept._kept[0][0]) == len(longer)
-
-
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("continuous")
@@ -389,9 +359,10 @@ def server(checkpoint, tmp_path_factory):
     entries = [
         {"id": "writer", **model, "max_batch_size": 64},
         {"id": "chat", "type": "chat", "hf_model": checkpoint("llama")},
+        {"id": "shared", "type": "chat", "hf_model": checkpoint("llama"), "share_prefixes": True},
         {"id": "endless", "type": "text2text-generation", "hf_model": checkpoint("t5")},
     ]
-    settings = {"CRANE_THREADS": 64}
+    settings = {"CRANE_THREADS": 64, "CRANE_TRUSTED_PROXIES": 1}  # so that callers have addresses
     server = Gunicorn(write_models(folder, entries), folder / "data", settings).wait_until_ready()
     assert server.run("writer", "a", options={"max_tokens": 1})[0] == 200
     yield server
@@ -513,16 +484,30 @@ def test_no_token_of_a_caller_reaches_another_in_500_streams_of_which_some_are_c
     wait_for(lambda: not server.get("/crane/models/writer")[1]["running"])
 
 
-def test_a_conversations_beginning_is_told_as_cached(server):
+def usage_of_a_chat(server, model_id, content, caller):
+    messages = [{"role": "user", "content": content}]
+    body = {"model_id": model_id, "input": {"messages": messages}, "options": {"max_tokens": 4}}
+    status, answer = server.post(body, **{"X-Forwarded-For": caller})
+    assert status == 200, answer
+    return answer["metadata"]["usage"]
+
+
+def test_a_conversations_beginning_is_told_as_cached_to_its_caller_alone(server):
     told = sentence(45, 1)
-    usage = []
-    for question in ("one", "two"):
-        messages = [{"role": "user", "content": f"{told} {question}"}]
-        status, answer = server.run("chat", {"messages": messages}, options={"max_tokens": 4})
-        assert status == 200, answer
-        usage.append(answer["metadata"]["usage"])
-    assert "cached_tokens" not in usage[0]
-    assert LEAST <= usage[1]["cached_tokens"] < usage[1]["input_tokens"]
+    calls = [("one", "192.0.2.1"), ("two", "192.0.2.1"), ("two", "192.0.2.2"), ("two", "192.0.2.1")]
+    first, second, others, third = (
+        usage_of_a_chat(server, "chat", f"{told} {question}", caller) for question, caller in calls
+    )
+    assert "cached_tokens" not in first
+    assert LEAST <= second["cached_tokens"] < second["input_tokens"]
+    assert "cached_tokens" not in others
+    assert LEAST <= third["cached_tokens"] < third["input_tokens"]
+
+
+def test_what_callers_share_is_not_counted(server):
+    told = sentence(45, 2)
+    for caller in ("192.0.2.1", "192.0.2.1", "192.0.2.2"):
+        assert "cached_tokens" not in usage_of_a_chat(server, "shared", told, caller)
 
 
 class Together(Echo):

@@ -381,6 +381,7 @@ def test_an_entry_takes_every_key_there_is(load):
         "load: {variant: fp16}\nmax_batch_size: 7\ncompile: true\n"
         "memory: {quantize: int8, offload: model, vae_tiling: true}\n"
         "cost: {per_request: 1, per_image: 0.5}\npinned: true\nidle_timeout: 5m\nreplicas: 3\n"
+        "share_prefixes: true\n"
     )
     spec = load(entry(text)).get("m")
     assert set(yaml.safe_load(entry(text))["models"][0]) == KEYS
@@ -389,6 +390,7 @@ def test_an_entry_takes_every_key_there_is(load):
     assert spec.load_kwargs == {"variant": "fp16"}
     assert spec.compile is True
     assert (spec.pinned, spec.idle_timeout, spec.replicas) == (True, 300, 3)
+    assert spec.share_prefixes is True
     assert spec.memory == {"quantize": "int8", "offload": "model", "vae_tiling": True}
     assert spec.cost == Cost(per_request=1, per_image=0.5)
     assert spec.weights() == "org/name"

@@ -122,7 +122,7 @@ class ContinuousBatch:
             longest = max(longest, text.most_tokens)
             if count > 1 and count * longest > self._most_tokens:
                 break
-            known = self._prefixes.find(text.prompt[:-1])
+            known = self._prefixes.find(text.entry.caller, text.prompt[:-1])
             text.known = known.length if known is not None else 0
             unread = len(text.prompt) - text.known
             tokens += unread
@@ -154,7 +154,8 @@ class ContinuousBatch:
         ]
         for slot in read:
             if before[slot] < len(self._texts[slot].prompt):
-                self._prefixes.keep(self._texts[slot].prompt, self._decoder.layers(slot))
+                text = self._texts[slot]
+                self._prefixes.keep(text.entry.caller, text.prompt, self._decoder.layers(slot))
         if len(read) < len(self._texts):
             scores = scores[read]
         self._put(feed, scores, read)
@@ -179,7 +180,7 @@ class ContinuousBatch:
                     prediction.facts["truncated"] = True
                 if text.sampling.top_logprobs is not None:
                     prediction.facts["logprobs"] = self._shown(text.sampling.logprobs)
-                if text.known:
+                if text.known and not self._prefixes.shared:  # else it tells of others' prompts
                     prediction.usage = {**prediction.usage, "cached_tokens": text.known}
                 feed.answer(text.entry, prediction)
 

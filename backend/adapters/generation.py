@@ -244,7 +244,9 @@ class CausalGenerator(Generator):
         self.tokenizer.truncation_side = "left"  # a prompt's end is what the text goes on from
         self._layout = layout_of(self.model)
         self._grammars = Grammars(self.tokenizer, self.ends)
-        self._prefixes = Prefixes(int(footprint.free(self.device) * PREFIXES_OF_FREE))
+        self._prefixes = Prefixes(
+            int(footprint.free(self.device) * PREFIXES_OF_FREE), shared=self.spec.share_prefixes
+        )
         if self.window is not None:
             self.model.register_forward_pre_hook(_keep_within(self.window), with_kwargs=True)
 
