@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     [
         "backend.cores",
+        "backend.engine.turns",  # a load takes turns too
         "backend.errors",
         "backend.logs",
         "backend.media",
@@ -81,7 +82,8 @@ def layer_of(module):
             pattern == "backend.*_api" and module.endswith("_api") and module.count(".") == 1
         )
 
-    found = [place for place, layer in enumerate(LAYERS) if any(map(fits, layer))]
+    exactly = [place for place, layer in enumerate(LAYERS) if module in layer]
+    found = exactly or [place for place, layer in enumerate(LAYERS) if any(map(fits, layer))]
     assert len(found) == 1, f"{module} is in {len(found)} layers of the table above"
     return found[0]
 

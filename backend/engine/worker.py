@@ -7,7 +7,6 @@ import math
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum, auto
@@ -17,6 +16,7 @@ from backend.adapters import footprint
 from backend.adapters.base import Adapter, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
+from backend.engine.batch_queue import BatchQueue
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.devices import Devices
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
@@ -97,7 +97,7 @@ class Worker:
         self._load_timeout_s = load_timeout_s
         self._on_defunct = on_defunct
         self._stay_s = self._own_stay_s(spec)
-        self._queue: deque[Item] = deque()
+        self._queue = BatchQueue()
         self._running: list[Item] = []
         # One lock, so that nothing is queued after the last look for work.
         self._changed = threading.Condition()
@@ -164,7 +164,7 @@ class Worker:
                     f"{self._queue_size} is the most; try again in {wait_s:.0f} s.",
                     retry_after_s=wait_s,
                 )
-            self._queue.extend(job.items)
+            self._queue.put(job.items)
             self._start()
 
     def leave(self, *, though_used: bool = False) -> bool:
@@ -200,11 +200,13 @@ class Worker:
         loaded = self.state is State.READY
         error = self._residency.why(self) if self.state is State.WAITING else None
         running = list(self._running)
+        with self._changed:
+            queued = sum(item.job.call.model_id == model_id for item in self._queue)
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
             progress=self._watch.progress,
-            queue=sum(item.job.call.model_id == model_id for item in list(self._queue)),
+            queue=queued,
             running={"inputs": len(running), **self._runner.progress} if mine else None,
             device=self._devices.shown(self._adapter.device) if loaded else None,
             dtype=self._adapter.dtype if loaded else None,
@@ -405,9 +407,8 @@ class Worker:
         """Refuse everyone who waits, as everyone who comes while it is so."""
         with self._changed:
             self.state, self._error = state, why
-            left = [*self._running, *self._queue]
+            left = [*self._running, *self._queue.clear()]
             self._running = []
-            self._queue.clear()
         for item in left:
             item.job.fail(error or self._refusal())
 
@@ -419,9 +420,8 @@ class Worker:
 
     def _drop_cancelled(self) -> None:
         """Take out of the queue what nobody waits for; the caller holds the lock."""
-        if not any(item.job.cancelled for item in self._queue):
-            return
-        self._queue = deque(waited_for(self._queue))
+        if any(item.job.cancelled for item in self._queue):
+            self._queue.keep(waited_for)
 
     def _next_batch(self) -> list[Item]:
         """Wait for work and take all that may run together; empty once closed and done."""
@@ -440,43 +440,27 @@ class Worker:
                 if left_s <= 0:
                     return []
                 self._changed.wait(min(left_s, LONGEST_WAIT_S))
-            adapter = self._adapter_of(self._queue[0])
+            head = self._queue.head
+            adapter = self._adapter_of(head)
             most = min(adapter.spec.max_batch_size, self._runner.most_at_once)
-            if adapter.joins(self._queue[0].options):
-                batch = self._take_head(adapter, most) or [self._queue.popleft()]
+            if adapter.joins(head.options):
+                batch = self._take_joining(adapter, most) or [self._queue.take()]
             else:
-                batch = self._take_equals(most)
+                batch = self._queue.take_equals(most)
             self._running, self._runner.progress = batch, {}
         return batch
 
     def _adapter_of(self, item: Item) -> Adapter:
         return self.adapters[item.job.call.model_id]
 
-    def _take_equals(self, most: int) -> list[Item]:
-        """Take what may share a batch with the head of the queue; the caller holds the lock."""
-        key = self._queue[0].job.key
-        batch: list[Item] = []
-        others: deque[Item] = deque()
-        while self._queue and len(batch) < most:
-            item = self._queue.popleft()
-            (batch if item.job.key == key else others).append(item)
-        # What was passed over keeps its place at the head.
-        self._queue.extendleft(reversed(others))
-        return batch
+    def _take_joining(self, adapter: Adapter, most: int) -> list[Item]:
+        """Take what may join a run of an adapter now; the caller holds the lock."""
 
-    def _take_head(self, adapter: Adapter, most: int) -> list[Item]:
-        """Take from the head of the queue what may join a run; the caller holds the lock.
-
-        Who may not join ends it, so that a run that always has new inputs overtakes nobody.
-        """
-        batch: list[Item] = []
-        while self._queue and len(batch) < most:
-            item = self._queue[0]
+        def joins(item: Item) -> bool:
             same = self._adapter_of(item) is adapter and not item.alone
-            if not same or not adapter.joins(item.options):
-                break
-            batch.append(self._queue.popleft())
-        return batch
+            return same and adapter.joins(item.options)
+
+        return self._queue.take_while(joins, most)
 
     def _roll(self, adapter: Adapter, batch: list[Item], about: dict[str, Any]) -> None:
         """Run a batch that others join as they come; what failed is queued again, at the head."""
@@ -487,7 +471,7 @@ class Worker:
                 self._drop_cancelled()
                 if batch[0].alone or self._leaving is Leaving.NOW:
                     return []
-                items = self._take_head(adapter, most)
+                items = self._take_joining(adapter, most)
                 self._running = [*self._running, *items]
             return items
 
@@ -508,7 +492,7 @@ class Worker:
         if left:
             with self._changed:
                 self._running = []
-                self._queue.extendleft(reversed(left))
+                self._queue.put_back(left)
 
     def _answer(self, batch: list[Item]) -> None:
         adapter = self._adapter_of(batch[0])

@@ -1,0 +1,101 @@
+"""One model's queue, from which batches are taken: its callers' inputs, caller after caller."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from backend.engine.calls import Item
+
+
+class BatchQueue:
+    """Inputs that wait for a model: each caller's in their order, and the callers in turn.
+
+    So one caller's input stands behind one of each other caller at most, however many those have
+    queued. It needs its owner's lock.
+    """
+
+    def __init__(self) -> None:
+        # In the order of the callers' turns; none of them is empty.
+        self._of: dict[str, deque[Item]] = {}
+        self._size = 0  # which any thread may read
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for items in self._of.values() for item in items)
+
+    @property
+    def head(self) -> Item:
+        """The input whose turn it is; there must be one."""
+        return next(iter(self._of.values()))[0]
+
+    def put(self, items: Iterable[Item]) -> None:
+        for item in items:
+            self._of.setdefault(item.caller, deque()).append(item)
+            self._size += 1
+
+    def put_back(self, items: Iterable[Item]) -> None:
+        """Put what was taken at the head again, in the order in which it was taken."""
+        back: dict[str, deque[Item]] = {}
+        for item in items:
+            back.setdefault(item.caller, deque()).append(item)
+            self._size += 1
+        for caller in back:
+            back[caller].extend(self._of.pop(caller, ()))
+        self._of = back | self._of
+
+    def take(self) -> Item:
+        """Take the head; its caller's next turn comes after all others'."""
+        caller = self.head.caller
+        items = self._of.pop(caller)
+        item = items.popleft()
+        self._size -= 1
+        if items:
+            self._of[caller] = items
+        return item
+
+    def take_while(self, joins: Callable[[Item], bool], most: int) -> list[Item]:
+        """Take up to ``most`` from the head, as long as the next one ``joins``.
+
+        Who may not join ends it, so that a run that always has new inputs overtakes nobody.
+        """
+        batch: list[Item] = []
+        while len(batch) < most and self._of and joins(self.head):
+            batch.append(self.take())
+        return batch
+
+    def take_equals(self, most: int) -> list[Item]:
+        """Take the head and what may share a batch with it; there must be one.
+
+        What is passed over keeps its place.
+        """
+        key = self.head.job.key
+        may = {
+            caller: deque(item for item in items if item.job.key == key)
+            for caller, items in self._of.items()
+        }
+        batch: list[Item] = []
+        while len(batch) < most and (may := {caller: own for caller, own in may.items() if own}):
+            for own in list(may.values())[: most - len(batch)]:
+                batch.append(own.popleft())
+        self._size -= len(batch)
+        taken = set(map(id, batch))
+        served = dict.fromkeys(item.caller for item in batch)
+        for caller in served:
+            left = deque(item for item in self._of.pop(caller) if id(item) not in taken)
+            if left:
+                self._of[caller] = left
+        return batch
+
+    def keep(self, kept: Callable[[Iterable[Item]], list[Item]]) -> None:
+        """Keep of each caller's inputs those that ``kept`` returns."""
+        left = ((caller, deque(kept(items))) for caller, items in self._of.items())
+        self._of = {caller: items for caller, items in left if items}
+        self._size = sum(map(len, self._of.values()))
+
+    def clear(self) -> list[Item]:
+        """Take all."""
+        items, self._of, self._size = list(self), {}, 0
+        return items

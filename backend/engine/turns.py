@@ -1,0 +1,179 @@
+"""Fair turns of the models of a process on the cores of its CPU.
+
+Each model has a thread of its own, and OpenMP gives each thread that computes a team of threads.
+Where the teams together have more threads than there are cores, libgomp no longer spins at its
+barriers, even if all teams but one sleep: the one that computes then takes 1.5 to 3 times as long.
+So one model computes at a time, and a thread that has computed ends its team before another's turn,
+and once it is idle. To start a team again takes some 0.2 ms.
+
+A thread holds the turn while it runs its model, and offers it where it can be interrupted: after
+each token, denoising step, chunk and batch. So a turn is bounded by ``SLICE_S`` and one such step.
+The process has one turn, as it has one set of cores. Models on a GPU need none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+# Shorter turns are not handed over: to end a team and to start it costs up to 0.7 ms.
+SLICE_S = 0.03
+# An idle thread keeps its team for so long, as its next call may come at once, unless other models
+# have computed within the last second.
+LINGER_S = 0.1
+CROWDED_S = 1.0
+CHECK_S = 1.0  # between looks whether the thread that has the turn is still alive
+SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5
+
+
+class _Waiter:
+    __slots__ = ("called", "thread")
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self.thread = thread
+        self.called = threading.Event()
+
+
+class Turns:
+    """One turn, handed from thread to thread in the order in which they asked for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # so that one thread at most has the turn
+        self._line: deque[_Waiter] = deque()
+        self._holder: threading.Thread | None = None
+        self._last: threading.Thread | None = None  # that had it, whether or not it still does
+        self._since = 0.0
+        self._handed_over_at = float("-inf")
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Compute in here: wait for the turn, and hand it over in the end. Holds may be nested."""
+        me = threading.current_thread()
+        if self._holder is me:
+            yield
+            return
+        self._acquire(me)
+        try:
+            yield
+        finally:
+            if self._line or time.monotonic() - self._handed_over_at < CROWDED_S:
+                end_team()
+            with self._lock:
+                if self._holder is me:
+                    self._hand_over()
+
+    def offer(self) -> None:
+        """Let those compute who wait, if this thread's turn was long enough; then come back.
+
+        Does nothing in a thread that does not hold the turn, and next to nothing where none waits.
+        """
+        if not self._line or time.monotonic() - self._since < SLICE_S:
+            return
+        me = threading.current_thread()
+        if self._holder is not me:
+            return
+        end_team()
+        with self._lock:
+            if self._holder is not me or not self._line:
+                return
+            waiter = self._join(me)
+            self._hand_over()
+        self._wait(waiter)
+
+    def is_waiting(self, thread: threading.Thread) -> bool:
+        """Whether a thread is kept waiting by others: it is not to blame for what takes long."""
+        with self._lock:
+            return any(waiter.thread is thread for waiter in self._line)
+
+    def abandon(self, thread: threading.Thread) -> None:
+        """Take the turn from a thread that does not come back; if it does, it has none."""
+        with self._lock:
+            if self._holder is thread:
+                self._hand_over()
+
+    def _acquire(self, me: threading.Thread) -> None:
+        with self._lock:
+            if self._holder is None:
+                self._give(me)
+                return
+            waiter = self._join(me)
+        self._wait(waiter)
+
+    def _join(self, me: threading.Thread) -> _Waiter:
+        waiter = _Waiter(me)
+        self._line.append(waiter)
+        return waiter
+
+    def _wait(self, waiter: _Waiter) -> None:
+        """Wait to be called. A thread that has died with the turn is passed over."""
+        while not waiter.called.wait(CHECK_S):
+            with self._lock:
+                if self._holder is not None and not self._holder.is_alive():
+                    self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the turn to the first in line; the caller holds the lock."""
+        self._holder = None
+        if self._line:
+            waiter = self._line.popleft()
+            self._give(waiter.thread)
+            waiter.called.set()
+
+    def _give(self, thread: threading.Thread) -> None:
+        now = time.monotonic()
+        if self._last is not thread:
+            if self._last is not None:
+                self._handed_over_at = now
+            self._last = thread
+        self._holder, self._since = thread, now
+
+
+def end_team() -> None:
+    """End this thread's OpenMP threads; its next parallel region starts them again.
+
+    Does nothing where no OpenMP runtime is loaded, or one older than OpenMP 5.
+    """
+    for pause in _pauses():
+        pause(SOFT_PAUSE)
+
+
+_found: list[Callable[[int], int]] | None = None
+
+
+def _pauses() -> list[Callable[[int], int]]:
+    """``omp_pause_resource_all`` of each OpenMP runtime that this process has loaded."""
+    global _found
+    if _found is None:
+        # PyTorch brings the runtime; without it nothing has computed yet.
+        torch: Any = sys.modules.get("torch")
+        if not hasattr(torch, "set_num_threads"):
+            return []
+        _found = []
+        for path in _runtimes(Path(torch.__file__).parent / "lib"):
+            with suppress(OSError, AttributeError):
+                library = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+                _found.append(library.omp_pause_resource_all)
+    return _found
+
+
+def _runtimes(folder: Path) -> set[str]:
+    maps = Path("/proc/self/maps")
+    paths = maps.read_text().splitlines() if maps.exists() else map(str, folder.glob("*"))
+    found = (re.search(r"/\S*/lib(?:gomp|omp|iomp5)\b[^/]*$", path) for path in paths)
+    return {match.group() for match in found if match}
+
+
+_turns = Turns()
+hold = _turns.hold
+offer = _turns.offer
+is_waiting = _turns.is_waiting
+abandon = _turns.abandon
