@@ -390,24 +390,6 @@ def test_a_model_that_hangs_is_a_504_and_the_other_models_go_on(make_app, gated,
     assert run(app.test_client(), "echo").status_code == 200
 
 
-def test_a_model_whose_thread_died_is_started_again(make_app, add_task):
-    class DiesOnce(Echo):
-        died = False
-
-        def predict(self, batch):
-            if not type(self).died:
-                type(self).died = True
-                raise SystemExit
-            return super().predict(batch)
-
-    app = make_app([add_task("dies-once", DiesOnce)])
-    client = app.test_client()
-    assert run(client, "dies-once").status_code == 503
-    assert client.get("/readyz").status_code == 503
-    assert run(client, "dies-once").status_code == 200
-    assert client.get("/readyz").status_code == 200
-
-
 def test_an_adapter_that_exits_slowly_does_not_hold_up_the_end(make_app, add_task):
     gate = threading.Event()
 

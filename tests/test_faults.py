@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import threading
 import time
@@ -19,6 +20,12 @@ from tests.serving import ROOT, wait_for
 from tests.test_residency import MB, Sized, events, held_bytes, sized, state, unloads
 
 __all__ = ["events", "sized"]
+
+
+def caused(error, cause):
+    """An error that a library raises from another one."""
+    error.__cause__ = cause
+    return error
 
 
 def device_is_full():
@@ -187,24 +194,70 @@ def test_all_garbage_is_looked_for_only_where_weights_are_left(
     assert bool(looks) == knotted
 
 
+CUDA_CALL = "when calling `cublasCreate(handle)`"
+
+
 @pytest.mark.parametrize(
     ("error", "full", "broken"),
     [
         (MemoryError(), True, False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True, False),
         (torch.OutOfMemoryError("CUDA out of memory."), True, False),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True, False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True, False),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), True, False),
+        (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), True, False),
+        (RuntimeError("std::bad_alloc"), True, False),
         (torch.AcceleratorError("CUDA error: out of memory"), True, False),
+        (RuntimeError("CUDA driver error: out of memory"), True, False),
+        (RuntimeError("HIP error: out of memory"), True, False),
+        (RuntimeError(f"CUDA error: CUBLAS_STATUS_ALLOC_FAILED {CUDA_CALL}"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True, False),
+        (
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+            True,
+            False,
+        ),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"), True, False),
+        (RuntimeError("CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES"), True, False),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), True, False),
+        (RuntimeError("CURAND_STATUS_ALLOCATION_FAILED"), True, False),
+        (RuntimeError("NCCL Error 1: Failed to CUDA calloc 6291456 bytes"), True, False),
+        (caused(ValueError("the weights"), torch.OutOfMemoryError("CUDA")), True, False),
         (torch.AcceleratorError("CUDA error: an illegal memory access"), False, True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, True),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), False, True),
         (RuntimeError("CUDA error: device-side assert triggered"), False, True),
         (RuntimeError("HIP error: unspecified launch failure"), False, True),
+        (RuntimeError(f"CUDA error: CUBLAS_STATUS_EXECUTION_FAILED {CUDA_CALL}"), False, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False, True),
+        (caused(ValueError("a step"), RuntimeError("CUDA error: misaligned address")), False, True),
+        (torch.AcceleratorError("CUDA error: invalid configuration argument"), False, False),
+        (torch.AcceleratorError("CUDA error: no kernel image is available"), False, False),
+        (torch.AcceleratorError("CUDA error: invalid device ordinal"), False, False),
+        (RuntimeError(f"CUDA error: CUBLAS_STATUS_INVALID_VALUE {CUDA_CALL}"), False, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), False, False),
         (RuntimeError("The size of tensor a must match: not a CUDA error: at all"), False, False),
         (ValueError("CUDA error: in a text"), False, False),
+        (ValueError("a text about running out of memory"), False, False),
     ],
 )
 def test_errors_are_told_apart(error, full, broken):
     assert faults.is_out_of_memory(error) is full
     assert faults.is_broken_device(error) is broken
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_device_that_is_there_is_asked_whether_it_still_works(monkeypatch, works):
+    def synchronize(device):
+        if not works:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED")
+    assert faults.is_broken_device(error) is not works
 
 
 class Breaks(Echo):
@@ -252,8 +305,6 @@ class Breaks(Echo):
     def predict(self, batch):
         if "break" in batch.inputs:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        if "exit" in batch.inputs:
-            raise SystemExit
         return super().predict(batch)
 
 class Hangs(Echo):
@@ -278,7 +329,7 @@ def under_way(server, model_id):
     return model["queue"] + (model["running"] or {"inputs": 0})["inputs"]
 
 
-@pytest.mark.parametrize(("model_id", "how"), [("b", "break"), ("b", "exit"), ("h", "hang")])
+@pytest.mark.parametrize(("model_id", "how"), [("b", "break"), ("h", "hang")])
 def test_an_engine_that_cannot_go_on_is_replaced_while_http_stays_up(
     gunicorn, tmp_path, model_id, how
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ import orjson
 from backend.adapters.base import Prediction
 from backend.adapters.numbers import has_nan, not_numbers
 from backend.errors import CraneError, InternalError, InvalidRequest
+
+logger = logging.getLogger("crane.engine")
 
 
 class State(StrEnum):
@@ -269,6 +272,14 @@ class Item:
         self._again = dict(self._told)
 
     def answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
+        """Take the input's result; a bug in an adapter's output fails its call, and no other."""
+        try:
+            self._answer(result, about)
+        except Exception:
+            logger.exception("an output of %s cannot be used", self.job.call.model_id)
+            self.job.fail(InternalError())
+
+    def _answer(self, result: Prediction | CraneError, about: Mapping[str, Any]) -> None:
         if isinstance(result, CraneError):
             self.error = result
         elif not isinstance(result, Prediction):

@@ -51,8 +51,8 @@ class Engine:
             if spec.pinned and self._devices.index in here:
                 try:
                     self._pool.load(spec)
-                except CraneError as error:
-                    logger.error("%s is pinned and cannot load: %s", spec.id, error)
+                except Exception as error:  # which costs this model, and not the engine
+                    logger.error("%s is pinned and cannot load: %s", spec.id, error, exc_info=error)
 
     def control(self, order: str, model_id: str) -> None:
         """Begin to ``load`` a model, or ``unload`` it when its queued work is done.

@@ -141,11 +141,14 @@ class Server:
             self._send(caller, wire.pack_answer(call.request_id, InternalError()))
 
     def _order(self, caller: Channel, order: str, model_id: str) -> None:
-        answer = None
+        answer: CraneError | None = None
         try:
             self._engine.control(order, model_id)
         except CraneError as error:
             answer = error
+        except Exception:
+            logger.exception("an order could not be carried out")
+            answer = InternalError()
         self._send(caller, wire.pack_answer(model_id, answer))
 
     def _send_answers(self) -> None:

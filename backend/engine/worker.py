@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -131,9 +132,11 @@ class Worker:
 
     def add(self, spec: ModelSpec) -> None:
         """Serve another entry of the same weights."""
-        if spec.id not in self._specs:
-            self._specs[spec.id] = spec
+        if spec.id in self._specs:
+            return
+        with self._changed:  # so that an unload, which replaces all adapters, has this one too
             self.adapters[spec.id] = self._make_adapter(spec)
+            self._specs[spec.id] = spec
             self.pinned |= spec.pinned
 
     def want(self, *, anew: bool) -> None:
@@ -236,17 +239,41 @@ class Worker:
             raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
 
     def _run(self) -> None:
-        try:
-            while self._has_work():
-                if self._load():
-                    while batch := self._next_batch():
-                        self._answer(batch)
-                    self._unload()
-        except BaseException:
-            # Not an error of a batch, which _answer keeps: this thread cannot go on.
-            logger.exception("%s stopped working", self.model_id)
-            self._residency.give_back(self)
-            self._end("The model stopped working and is being replaced.")
+        going_on = True
+        while going_on:
+            try:
+                if going_on := self._has_work():
+                    self._serve()
+            except BaseException as error:  # not of a batch, which _answer keeps
+                going_on = self._recovers(error)
+
+    def _serve(self) -> None:
+        """Load, run batches as long as there is a reason to stay, and unload."""
+        if self._load():
+            while batch := self._next_batch():
+                self._answer(batch)
+            self._unload()
+
+    def _recovers(self, error: BaseException) -> bool:
+        """Drop the model after a bug and have it load again later; false if the device is broken.
+
+        The model's state is unknown, but other models need not pay for it.
+        """
+        logger.error("%s stopped working", self.model_id, exc_info=error)
+        traceback.clear_frames(error.__traceback__)  # which have the model's weights
+        broken = isinstance(error, DeviceBroken) or is_broken_device(error)
+        if not broken:
+            try:
+                self._let_go(self._runner.loaded())
+            except BaseException as another:
+                logger.exception("%s did not unload", self.model_id)
+                broken = is_broken_device(another)
+        self._residency.give_back(self)
+        if broken:
+            self._end("The model's device failed, and its engine is being replaced.")
+            return False
+        self._refuse_for_a_while(f"{self.model_id} stopped working. The log has the reason.")
+        return True
 
     def _end(self, why: str) -> None:
         """Be over with; whoever comes next needs another worker, or another process."""
@@ -337,11 +364,16 @@ class Worker:
             self._refuse_all(State.UNLOADED, error.message, error)
             return
         logger.error("%s did not load", self.model_id, exc_info=error)
+        told = error.message if isinstance(error, CraneError) else "The log has the reason."
+        self._refuse_for_a_while(f"{self.model_id} did not load. {told}")
+
+    def _refuse_for_a_while(self, why: str) -> None:
+        """Refuse all calls until the next attempt, each pause twice as long as the last one."""
         pause_s = min(FIRST_RETRY_S * 2**self._failures, LAST_RETRY_S)
         self._failures += 1
         self._retry_at = time.monotonic() + pause_s
-        told = error.message if isinstance(error, CraneError) else "The log has the reason."
-        self._refuse_all(State.FAILED, f"{self.model_id} did not load. {told}")
+        self._wanted = False
+        self._refuse_all(State.FAILED, why)
 
     def _load_in_time(self, adapter: Adapter) -> None:
         """Load; where the device has too little memory, once more after all idle models left."""
@@ -389,7 +421,12 @@ class Worker:
         """Give back the memory of adapters that have loaded."""
         weights = [weakref.ref(one) for adapter in adapters for one in footprint.tensors(adapter)]
         while adapters:
-            adapters.pop().unload()
+            try:
+                adapters.pop().unload()
+            except Exception as error:
+                if is_broken_device(error):
+                    raise
+                logger.exception("an adapter of %s did not unload", self.model_id)
         self._renew()
         release_memory(weights)
 
