@@ -11,6 +11,7 @@ import orjson
 from flask import Response, current_app, request
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from backend.bounds import check_body
 from backend.errors import InvalidRequest, NotAcceptable, PayloadTooLarge, UnsupportedMediaType
 from backend.media.parts import Media, Upload
 from backend.registry import ModelSpec
@@ -72,9 +73,11 @@ def _not_sent_as(wanted: str) -> UnsupportedMediaType:
 def json_of(data: bytes | str, at: str) -> Any:
     try:
         # Strict: no NaN, no bad UTF-8, no lone surrogates, no endless nesting.
-        return orjson.loads(data)
+        value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest.of({at: f"is not valid JSON: {error}"}) from None
+    check_body(value, at)
+    return value
 
 
 def form_body() -> dict[str, Any]:

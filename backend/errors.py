@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from http import HTTPStatus
+from itertools import islice
 from typing import Any, ClassVar, Self
+
+MAX_FAULTS = 20  # of one call that are named; whoever mends them learns of the others
+LONGEST_ECHO = 80  # characters of a key or a value that an error repeats
+MORE = "…"  # the key in an error's details that counts the others
 
 
 class CraneError(Exception):
@@ -35,14 +41,28 @@ class CraneError(Exception):
 
     @classmethod
     def of(cls, faults: Mapping[str, str], *, most: int = 3) -> Self:
-        """Name every fault of a request, keyed by the path of the field it is in.
+        """Name the faults of a request, keyed by the path of the field each is in.
 
-        The message tells ``most`` of them.
+        The details have ``MAX_FAULTS`` of them, and under ``MORE`` how many others there are; the
+        message tells ``most`` of those.
         """
-        shown = "; ".join(f"{path} {fault}" for path, fault in list(faults.items())[:most])
-        more = f" (and {len(faults) - most} more, see details)" if len(faults) > most else ""
+        named = dict(faults)
+        counted = re.match(r"(\d+) more", named.get(MORE, ""))  # by an error that this one renames
+        if counted:
+            del named[MORE]
+        hidden = max(0, len(named) - MAX_FAULTS) + (int(counted[1]) if counted else 0)
+        details = {
+            clipped(path, 300): clipped(fault, 1000)
+            for path, fault in islice(named.items(), MAX_FAULTS)
+        }
+        shown = "; ".join(f"{path} {fault}" for path, fault in islice(details.items(), most))
+        left = max(0, len(details) - most) + hidden
+        see = ", see details" if len(details) > most else ""
+        more = f" (and {left} more{see})" if left else ""
         end = "" if f"{shown}{more}".endswith("?") else "."
-        return cls(f"The request is not valid: {shown}{more}{end}", details=faults)
+        if hidden:
+            details[MORE] = f"{hidden} more"
+        return cls(f"The request is not valid: {shown}{more}{end}", details=details)
 
 
 class InvalidRequest(CraneError):
@@ -186,6 +206,17 @@ ERRORS: dict[str, type[CraneError]] = {
 
 def did_you_mean(name: object, known: list[str], *, what: str = "it is one of") -> str:
     """Say the nearest known name, or all of them: ``did you mean 'max_tokens'?``"""
-    if near := get_close_matches(str(name), known, n=1):
+    # Names are compared in a time that grows with their lengths.
+    if near := get_close_matches(clipped(str(name), LONGEST_ECHO), known, n=1):
         return f"did you mean {near[0]!r}?"
     return f"{what}: {', '.join(sorted(known)) or 'none'}"
+
+
+def clipped(text: str, most: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def echoed(value: object) -> str:
+    """A caller's value as an error repeats it."""
+    return repr(clipped(value, LONGEST_ECHO) if isinstance(value, str) else value)

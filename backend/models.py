@@ -12,16 +12,17 @@ from socket import socket
 from threading import BoundedSemaphore
 from typing import Any
 
+from backend.bounds import TOO_DEEP, is_deep
 from backend.callers import Callers
 from backend.config import Config
 from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import EngineClient
-from backend.errors import InvalidRequest, NotAcceptable, Overloaded
+from backend.errors import MAX_FAULTS, InvalidRequest, NotAcceptable, Overloaded
 from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
 from backend.registry import Registry
-from backend.schemas import TOO_DEEP, check_text, is_deep, load
+from backend.schemas import UNCHECKED, check_text, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
 
@@ -219,6 +220,9 @@ def load_inputs(config: Config, task: Task, input_: Any, reading: Reading) -> li
             inputs.append(load(task.input, one, f"input[{index}]"))
         except InvalidRequest as error:
             faults |= error.details
+            if len(faults) >= MAX_FAULTS - 1 and index + 1 < len(input_):
+                faults[f"input[{index + 1}:]"] = UNCHECKED
+                break
     if faults:
         raise InvalidRequest.of(faults)
     check_text(inputs, max_text=config.max_text, at="input")

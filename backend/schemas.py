@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
-from marshmallow import Schema, ValidationError, fields, validate
+from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
+from backend.bounds import TOO_DEEP, is_deep
 from backend.config import seconds_of
-from backend.errors import InvalidRequest, did_you_mean
+from backend.errors import LONGEST_ECHO, MAX_FAULTS, MORE, InvalidRequest, did_you_mean, echoed
 
-MAX_DEPTH = 64  # levels of nesting; no task's input needs ten, and msgpack refuses 512
-TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels"
+UNCHECKED = "was not checked after so many faults"
 
 
 def kind(value: Any) -> str:
@@ -119,7 +119,7 @@ class KeepAlive(StrictField):
         if seconds == -1:
             return math.inf
         if seconds is None or not 0 <= seconds < math.inf:
-            raise ValidationError(f"must be {self.expected}, not {value!r}")
+            raise ValidationError(f"must be {self.expected}, not {echoed(value)}")
         return seconds
 
 
@@ -159,7 +159,7 @@ class Choice(Text):
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         value = super()._deserialize(value, attr, data, **kwargs)
         if value not in self.choices:
-            raise ValidationError(f"is {value!r}: {did_you_mean(value, self.choices)}")
+            raise ValidationError(f"is {echoed(value)}: {did_you_mean(value, self.choices)}")
         return value
 
 
@@ -202,12 +202,18 @@ class ListOf(StrictField):
         value = super()._deserialize(value, attr, data, **kwargs)
         if not self.low <= len(value) <= self.high:
             raise ValidationError(f"must have {self.low} to {self.high} items, not {len(value)}")
-        loaded, faults = [], {}
+        loaded: list[Any] = []
+        faults: dict[int | range, Any] = {}
+        named = 0
         for index, one in enumerate(value):
             try:
                 loaded.append(self.item.deserialize(one))
             except ValidationError as error:
                 faults[index] = error.messages
+                named += sum(1 for _ in paths(error.messages))
+                if named >= MAX_FAULTS - 1 and index + 1 < len(value):
+                    faults[range(index + 1, len(value))] = [UNCHECKED]
+                    break
         if faults:
             raise ValidationError(faults)
         return loaded
@@ -216,11 +222,30 @@ class ListOf(StrictField):
 class StrictSchema(Schema):
     """Refuses a key it does not know, with the nearest one it does."""
 
-    def handle_error(self, error: ValidationError, data: Any, **kwargs: Any) -> None:
-        """Say more than "Unknown field."."""
-        known = [field.data_key or name for name, field in self.fields.items()]
-        for key in data.keys() - set(known):
-            error.messages_dict[key] = [f"is not known here; {did_you_mean(key, known)}"]
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._names = [field.data_key or name for name, field in self.fields.items()]
+        self._known = frozenset(self._names)
+
+    def load(self, data: Any, **kwargs: Any) -> Any:
+        """Load an object; keys that are not known never reach marshmallow.
+
+        It would take a time that grows with the square of their number.
+        """
+        if self.unknown != RAISE or type(data) is not dict or data.keys() <= self._known:
+            return super().load(data, **kwargs)
+        faults: dict[Any, Any] = {}
+        try:
+            super().load({k: v for k, v in data.items() if k in self._known}, **kwargs)
+        except ValidationError as error:
+            faults |= error.messages_dict
+        unknown = [key for key in data if key not in self._known]
+        count = MAX_FAULTS if len(unknown) <= MAX_FAULTS else MAX_FAULTS - 1
+        for key in unknown[:count]:
+            faults[key] = [f"is not known here; {did_you_mean(key, self._names)}"]
+        if left := unknown[count:]:
+            faults[MORE] = [f"{len(left)} more keys are not known here"]
+        raise ValidationError(faults)
 
 
 class ObjectOf(StrictField):
@@ -259,7 +284,7 @@ class ByType(StrictField):
         if type(name) is not str:
             raise ValidationError({"type": [f"must be {' or '.join(map(repr, self.types))}"]})
         if name not in self.types:
-            fault = f"is {name[:80]!r}: {did_you_mean(name, [*self.types])}"
+            fault = f"is {echoed(name)}: {did_you_mean(name, [*self.types])}"
             raise ValidationError({"type": [fault]})
         return self.types[name].load(value)
 
@@ -307,7 +332,12 @@ def load(schema: Schema | fields.Field[Any], data: Any, at: str = "") -> Any:
             raise ValidationError(f"must be an object, not {kind(data)}")
         return schema.load(data)
     except ValidationError as error:
-        raise InvalidRequest.of(dict(paths(error.messages, at))) from None
+        faults = dict(paths(error.messages, at))
+        unchecked = [path for path, fault in faults.items() if fault == UNCHECKED]
+        named = [path for path in faults if faults[path] != UNCHECKED]
+        cut = MAX_FAULTS - len(unchecked)
+        told = [*named[:cut], *unchecked, *named[cut:]]
+        raise InvalidRequest.of({path: faults[path] for path in told}) from None
 
 
 def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
@@ -318,8 +348,10 @@ def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
                 step = at
             elif isinstance(key, int):
                 step = f"{at}[{key}]"
+            elif isinstance(key, range):
+                step = f"{at}[{key.start}:]"
             else:
-                name = str(key)[:80]
+                name = str(key)[:LONGEST_ECHO]
                 step = f"{at}.{name}" if at else name
             yield from paths(inner, step)
     elif isinstance(messages, list):
@@ -327,17 +359,6 @@ def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at or "body", str(messages[0])
     else:
         yield at or "body", str(messages)
-
-
-def is_deep(value: Any, depth: int = 0) -> bool:
-    """Whether a value is nested past ``MAX_DEPTH``."""
-    if depth > MAX_DEPTH:
-        return True
-    if type(value) not in (list, dict):
-        return False
-    return any(
-        is_deep(one, depth + 1) for one in (value.values() if type(value) is dict else value)
-    )
 
 
 def check_text(value: Any, *, max_text: int, at: str) -> None:

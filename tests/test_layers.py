@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up: a module imports from its own layer and from those above it in this table.
 LAYERS = [
     [
+        "backend.bounds",
         "backend.cores",
         "backend.engine.turns",  # a load takes turns too
         "backend.errors",

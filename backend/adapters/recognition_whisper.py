@@ -11,7 +11,7 @@ from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.decoding import leaving
 from backend.adapters.numbers import scored_in_numbers
 from backend.adapters.recognition_text import Sound, Writer
-from backend.errors import CraneError, did_you_mean
+from backend.errors import CraneError, did_you_mean, echoed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,9 @@ class WhisperListener:
             faults["language"] = "cannot be chosen: this model knows one language only"
         elif language is not None and language.lower() not in self._languages:
             known = did_you_mean(language.lower(), list(self._languages))
-            faults["language"] = f"is {language!r}, which is no language of this model; {known}"
+            faults["language"] = (
+                f"is {echoed(language)}, which is no language of this model; {known}"
+            )
         if task != "transcribe" and task not in self._tasks:
             faults["task"] = f"is {task!r}, and this model can only transcribe"
         if times != "none" and self._writer.unstamped is None:

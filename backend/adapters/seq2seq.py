@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.generation import Generator
-from backend.errors import InvalidRequest
+from backend.errors import InvalidRequest, echoed
 
 
 class Seq2SeqGenerator(Generator):
@@ -41,7 +41,7 @@ class Translator(Seq2SeqGenerator):
         for option in ("source_language", "target_language"):
             code = options[option]
             if code is not None and self._language(code) is None:
-                fault = f"is {code!r}, which is not a language code of this model"
+                fault = f"is {echoed(code)}, which is not a language code of this model"
                 raise InvalidRequest.of({f"options.{option}": fault})
         if self._source_language is not None:
             # Set each time: the tokenizer remembers the language of the batch before.

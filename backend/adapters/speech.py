@@ -19,6 +19,7 @@ from backend.errors import (
     InvalidRequest,
     ModelUnavailable,
     did_you_mean,
+    echoed,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class SoundMaker(Adapter):
         voice = options.get("voice")
         if voice is not None and voice not in model.voices:
             faults["options.voice"] = (
-                f"is {voice!r}: {did_you_mean(voice, model.voices)}"
+                f"is {echoed(voice)}: {did_you_mean(voice, model.voices)}"
                 if model.voices
                 else "is not something this model can be asked: it has one voice"
             )

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from backend.config import Config
-from backend.errors import InvalidRequest, Overloaded, PayloadTooLarge
+from backend.errors import MAX_FAULTS, InvalidRequest, Overloaded, PayloadTooLarge
 from backend.media import Refused
 from backend.media.audio import decode_audio
 from backend.media.fetch import fetch
@@ -92,6 +92,8 @@ class Reading:
             return {key: self._walk(one, f"{at}.{key}", faults) for key, one in value.items()}
         if type(value) is list:
             return [self._walk(one, f"{at}[{i}]", faults) for i, one in enumerate(value)]
+        if len(faults) >= MAX_FAULTS:
+            return value  # the call is refused; others are not read
         if type(value) is Upload:
             faults[at] = Refused("is a file, which this field does not take")
         if type(value) is not Source:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-from marshmallow import ValidationError, pre_load
+from marshmallow import ValidationError
 
-from backend.errors import CraneError, InvalidRequest
+from backend.bounds import check_body
+from backend.errors import MORE, CraneError, InvalidRequest
 from backend.media.parts import Upload
 from backend.openai.errors import names_fields
 from backend.registry import ModelSpec
@@ -22,9 +23,10 @@ CANNOT = "is not something this model can be asked"
 class Nullable(StrictSchema):
     """OpenAI's clients write null for what they do not say."""
 
-    @pre_load
-    def _without_nulls(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {name: value for name, value in data.items() if value is not None}
+    def load(self, data: Any, **kwargs: Any) -> Any:
+        if type(data) is dict and None in data.values():
+            data = {name: value for name, value in data.items() if value is not None}
+        return super().load(data, **kwargs)
 
 
 class Named(Nullable):
@@ -158,7 +160,10 @@ class Order:
         """An error of ``run_model`` whose fields have the names that this caller knows."""
         if not names_fields(error):
             return error
-        return type(error).of({self._at(path): fault for path, fault in error.details.items()})
+        renamed = {
+            path if path == MORE else self._at(path): fault for path, fault in error.details.items()
+        }
+        return type(error).of(renamed)
 
     def _at(self, path: str) -> str:
         if found := re.fullmatch(r"options\.(\w+)(.*)", path, re.DOTALL):
@@ -190,7 +195,9 @@ def order(route: Route, spec: ModelSpec, sent: dict[str, Any], routes: Iterable[
         raise InvalidRequest.of({"model": _wrong_type(route, spec, routes)})
     schema, known = route.body(), spec.options_schema.fields
     if route.form:
-        sent = {name: _of_form(value, _taker(name, schema, spec)) for name, value in sent.items()}
+        sent = {
+            name: _of_form(name, value, _taker(name, schema, spec)) for name, value in sent.items()
+        }
     own = {
         name: value
         for name, value in sent.items()
@@ -227,16 +234,18 @@ def _taker(name: str, schema: Body, spec: ModelSpec) -> Any:
     return taken
 
 
-def _of_form(value: Any, taken: Any) -> Any:
+def _of_form(name: str, value: Any, taken: Any) -> Any:
     """A form has texts alone: one for a number or a boolean is read as JSON."""
     if type(value) is not str or taken is None or isinstance(taken, Text | File):
         return value
     if isinstance(taken, Only) and type(taken.values[0]) is str:
         return value
     try:
-        return orjson.loads(value)
+        read = orjson.loads(value)
     except orjson.JSONDecodeError:
         return value
+    check_body(read, name)
+    return read
 
 
 def _wrong_type(route: Route, spec: ModelSpec, routes: Iterable[Route]) -> str:

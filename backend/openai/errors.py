@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backend.errors import CraneError, InvalidRequest, ModelNotFound, PayloadTooLarge
+from backend.errors import MORE, CraneError, InvalidRequest, ModelNotFound, PayloadTooLarge
 
 _TYPES = {
     401: "authentication_error",
@@ -13,7 +13,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 # Paths in our details that are no field of a body.
-_NO_FIELD = ("body", "request")
+_NO_FIELD = ("body", "request", MORE)
 
 
 def error_of(error: CraneError) -> dict[str, Any]:

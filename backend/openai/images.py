@@ -10,7 +10,7 @@ from typing import Any
 
 from marshmallow import ValidationError
 
-from backend.errors import InvalidRequest
+from backend.errors import InvalidRequest, echoed
 from backend.openai.base import Body, File, Only, Option, Order, Route
 from backend.registry import ModelSpec
 from backend.schemas import Text
@@ -27,7 +27,7 @@ class Size(Text):
             return None
         found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value, re.ASCII)
         if found is None:
-            raise ValidationError(f"must be {self.expected}, not {value[:80]!r}")
+            raise ValidationError(f"must be {self.expected}, not {echoed(value)}")
         return int(found[1]), int(found[2])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from backend.openai.base import Body, Nullable, Option, Order, Route, TextOrTexts, each
 from backend.registry import ModelSpec
 from backend.schemas import Boolean, Choice, ListOf, ObjectOf, StrictField, Text
+from backend.tasks.understanding import MAX_DOCUMENTS
 
 
 class EmbeddingBody(Body):
@@ -67,8 +67,7 @@ class DocumentField(StrictField):
 
 class RerankBody(Body):
     query = Text(blank=True, required=True)
-    # How many there may be, the task says.
-    documents = ListOf(DocumentField(), high=sys.maxsize, required=True)
+    documents = ListOf(DocumentField(), low=1, high=MAX_DOCUMENTS, required=True)
     top_n = Option("top_n")
     return_documents = Boolean(load_default=False)
 

@@ -25,9 +25,12 @@ class EmbeddingOptions(Options):
     truncate = Boolean(load_default=False, metadata=TRUNCATE)
 
 
+MAX_DOCUMENTS = 1000  # of one call to rank
+
+
 class RerankInput(StrictSchema):
     query = Text(required=True)
-    documents = ListOf(Text(blank=True), low=1, high=1000, required=True)
+    documents = ListOf(Text(blank=True), low=1, high=MAX_DOCUMENTS, required=True)
 
 
 class RerankOptions(Options):

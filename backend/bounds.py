@@ -1,0 +1,49 @@
+"""How many values a body may have, and how deep: what checks it costs no more than its parsing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from backend.errors import InvalidRequest
+
+MAX_DEPTH = 64  # levels of nesting; no task's input needs ten, and msgpack refuses 512
+TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels"
+# Of a whole body, in which an input is nested once or twice more: Python's own functions (repr,
+# ==) stop at a thousand.
+MAX_BODY_DEPTH = 2 * MAX_DEPTH
+# An object takes some 10 µs to check, and has 2 values or more: half a second for a body. A batch
+# of CRANE_MAX_BATCH texts fits, whatever the setting.
+MAX_VALUES = 2**17
+
+
+def check_body(value: Any, at: str) -> None:
+    """Refuse JSON with too many values, or nested too deeply: ``InvalidRequest``."""
+    depth, values = measure(value, max_depth=MAX_BODY_DEPTH, max_values=MAX_VALUES)
+    if values > MAX_VALUES:
+        fault = f"has more than {MAX_VALUES} values (list items and keys); send less at once"
+        raise InvalidRequest.of({at: fault})
+    if depth > MAX_BODY_DEPTH:
+        raise InvalidRequest.of({at: f"is nested deeper than {MAX_BODY_DEPTH} levels"})
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a value is nested past ``MAX_DEPTH``."""
+    return measure(value, max_depth=MAX_DEPTH)[0] > MAX_DEPTH
+
+
+def measure(value: Any, *, max_depth: int, max_values: float = math.inf) -> tuple[int, int]:
+    """How many levels of values are below one, and how many values; no further than a maximum."""
+    depth, values = 0, 1
+    level = [value] if type(value) in (list, dict) else []
+    while (count := sum(map(len, level))) and depth <= max_depth:
+        depth, values = depth + 1, values + count
+        if values > max_values:
+            break
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is list or type(inner) is dict
+        ]
+    return depth, values

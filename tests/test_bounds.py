@@ -1,0 +1,251 @@
+"""Hostile bodies: what checks them stops early, and what it says of them is short."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from marshmallow import ValidationError
+
+from backend.bounds import MAX_BODY_DEPTH, MAX_DEPTH, MAX_VALUES, is_deep, measure
+from backend.errors import MAX_FAULTS, MORE, InvalidRequest, did_you_mean
+from backend.schemas import Integer, ListOf, ObjectOf, StrictSchema, load
+from backend.tasks import TASKS
+
+LONGEST_ANSWER = 32 * 1024  # bytes of an error, whatever was sent
+
+TYPES = {
+    "writer": "text-generation",
+    "chat": "chat",
+    "sees": "image-text-to-text",
+    "ranker": "rerank",
+    "tables": "table-question-answering",
+    "documents": "document-question-answering",
+    "embedder": "embeddings",
+    "draws": "text-to-image",
+}
+LONG = "x" * 300_000
+
+
+@pytest.fixture
+def client(make_app):
+    entries = [{"id": name, "type": type_, "hf_model": "org/m"} for name, type_ in TYPES.items()]
+    return make_app([{"id": "echo", "type": "echo"}, *entries]).test_client()
+
+
+def run(model_id, input_, **options):
+    return "/crane/run", {"model_id": model_id, "input": input_, "options": options}
+
+
+def table(columns, rows):
+    return {"table": {"columns": columns, "rows": rows}, "question": "q"}
+
+
+def chat(*messages, **more):
+    return {"messages": list(messages), **more}
+
+
+TOLD = {"role": "user", "content": "a"}
+
+
+def v1(route, model, **body):
+    return f"/v1/{route}", {"model": model, **body}
+
+
+WRITE = {"model_id": "writer", "input": "a"}
+MANY = {f"k{i}": 1 for i in range(100_000)}
+NO_IMAGE = {"type": "image", "image": "?"}
+HOSTILE = {
+    "wrong inputs": run("embedder", [1] * 200),
+    "wrong documents": run("ranker", {"query": "q", "documents": [1] * 1000}),
+    "wrong documents of /v1": (
+        "/v1/rerank",
+        {"model": "ranker", "query": "q", "documents": [1] * 1000},
+    ),
+    "documents without end": (
+        "/v1/rerank",
+        {"model": "ranker", "query": "q", "documents": [1] * 90_000},
+    ),
+    "wrong cells": run("tables", table(["a"] * 100, [[1] * 100] * 1000)),
+    "uneven rows": run("tables", table(["a", "b"], [["a"]] * 60_000)),
+    "wrong words": run("documents", {"image": "aGk=", "question": "q", "words": [{"a": 1}] * 9000}),
+    "wrong parts": run("sees", chat(*[{"role": "user", "content": [{"type": "text"}] * 99}] * 99)),
+    "wrong messages": run("chat", chat(*[{"role": "x", "content": 1, "y": 2}] * 1000)),
+    "wrong tools": run("chat", chat(TOLD, tools=[{"type": LONG, "function": {"name": ""}}] * 9)),
+    "unknown options": run("writer", "a", **{f"max_tok{i}": 1 for i in range(100_000)}),
+    "unknown keys": ("/crane/run", {f"inpu{i}": 1 for i in range(100_000)}),
+    "unknown keys of /v1": (
+        "/v1/embeddings",
+        {"model": "embedder", "input": "a"} | {f"k{i}": 1 for i in range(100_000)},
+    ),
+    "unknown keys, inside": run("chat", chat(MANY)),
+    "a key that counts": run("writer", "a", **{MORE: 1, f"{MORE}…": 1}),
+    "long keys": run("writer", "a", **{f"{LONG}{i}": 1 for i in range(10)}),
+    "a long choice": run("draws", "a", scheduler=LONG),
+    "a long duration": run("echo", 1, keep_alive=LONG),
+    "a long type": run("writer", "a", response_format={"type": LONG}),
+    "a long model id": run(LONG, "a"),
+    "a long model of /v1": v1("embeddings", LONG, input="a"),
+    "a long size": v1("images/generations", "draws", prompt="a", size=LONG),
+    "a long only": v1("images/generations", "draws", prompt="a", quality=LONG),
+    "a long text": run("embedder", LONG * 4),
+    "media that are none": run("sees", chat({"role": "user", "content": [NO_IMAGE] * 99})),
+    "too many values": run("echo", [[1] * 1000] * 200),
+    "too many values of /v1": v1("completions", "writer", prompt=[""] * 200_000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_error_is_short_whatever_was_sent(client, name):
+    path, body = HOSTILE[name]
+    answer = client.post(path, json=body)
+    assert answer.status_code in (400, 404), answer.json
+    assert len(answer.data) < LONGEST_ANSWER
+    details = answer.json["error"].get("details", {})
+    assert len([path for path in details if path != MORE]) <= MAX_FAULTS
+    assert all(len(path) <= 300 for path in details)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {f"part{'x' * 5000}{i}": "a" for i in range(99)},
+        {
+            "model_id": "writer",
+            "input": "a",
+            "options": json.dumps({f"o{i}": 1 for i in range(9999)}),
+        },
+        {"model_id": "writer", "input": "a", "options": json.dumps([0] * (MAX_VALUES + 1))},
+        {"model_id": "sees", **{f"input.image{i}": (io.BytesIO(b"a"), "a.png") for i in range(90)}},
+    ],
+    ids=["unknown parts", "unknown options", "too many values", "unknown files"],
+)
+def test_an_error_about_a_form_is_short_too(client, parts):
+    answer = client.post("/crane/run", data=parts, content_type="multipart/form-data")
+    assert answer.status_code == 400
+    assert len(answer.data) < LONGEST_ANSWER
+    assert len(answer.json["error"]["details"]) <= MAX_FAULTS + 1
+
+
+def test_what_is_not_named_is_counted(client):
+    path, body = HOSTILE["unknown options"]
+    error = client.post(path, json=body).json["error"]
+    assert (
+        error["details"]["options.…"] == f"{100_000 - MAX_FAULTS + 1} more keys are not known here"
+    )
+    assert len(error["details"]) == MAX_FAULTS
+    path, body = HOSTILE["wrong documents"]
+    error = client.post(path, json=body).json["error"]
+    named = MAX_FAULTS - 1
+    assert error["details"] == {
+        **{f"input.documents[{i}]": "must be a string, not a number" for i in range(named)},
+        f"input.documents[{named}:]": "was not checked after so many faults",
+    }
+    path, body = HOSTILE["uneven rows"]
+    error = client.post(path, json=body).json["error"]
+    assert error["details"][MORE] == f"{60_000 - MAX_FAULTS} more"
+    assert f"(and {60_000 - 3} more, see details)" in error["message"]
+
+
+def test_as_many_faults_as_are_named_are_named_each():
+    faults = {f"a{i}": "is wrong" for i in range(MAX_FAULTS + 5)}
+    some = dict(list(faults.items())[:MAX_FAULTS])
+    assert InvalidRequest.of(some).details == some
+    error = InvalidRequest.of(faults)
+    assert error.details == {**some, MORE: "5 more"}
+    again = InvalidRequest.of(error.details)  # as under other names
+    assert (again.details, again.message) == (error.details, error.message)
+    assert "(and 22 more, see details)" in error.message
+
+
+class Counted(Integer):
+    """Counts the values that it has looked at."""
+
+    looked = 0
+
+    def accepts(self, value):
+        Counted.looked += 1
+        return super().accepts(value)
+
+
+class Inner(StrictSchema):
+    numbers = ListOf(Counted(low=0, high=9), high=10**6)
+
+
+def test_a_list_is_checked_no_further_than_faults_are_named():
+    Counted.looked = 0
+    field = ListOf(ObjectOf(Inner), high=10**6)
+    with pytest.raises(InvalidRequest) as caught:
+        load(field, [{"numbers": [1] * 10 + ["a"] * 10}] * 1000, "input")
+    assert Counted.looked <= 2 * 20
+    assert caught.value.details["input[2:]"] == "was not checked after so many faults"
+    assert caught.value.details[MORE] == "1 more"
+    Counted.looked = 0
+    with pytest.raises(ValidationError):
+        field.deserialize([{"numbers": [10] * 1000}])
+    assert Counted.looked == MAX_FAULTS - 1
+
+
+def test_keys_that_are_not_known_do_not_hide_other_faults_and_nulls_are_none(client):
+    body = {"model": "embedder", "input": 5, "nothing": None, "inpt": 1}
+    error = client.post("/v1/embeddings", json=body).json["error"]
+    assert "input must be" in error["message"]
+    assert "inpt is not known here; did you mean 'input'?" in error["message"]
+    assert "nothing" not in error["message"]
+    body = {"model": "nope", "input": "a"} | {f"k{i}": None for i in range(1000)}
+    assert client.post("/v1/embeddings", json=body).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["x" * 10**6, "max_tokens" * 10**5, "é" * 10**6])
+def test_a_long_name_is_compared_by_its_beginning(name):
+    assert len(did_you_mean(name, list(TASKS["chat"].options().fields))) < 1000
+
+
+def nested(levels, inner=()):
+    for _ in range(levels):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("value", "deep"),
+    [
+        (1, False),
+        (nested(MAX_DEPTH - 1, 1), False),
+        (nested(MAX_DEPTH, 1), False),
+        (nested(MAX_DEPTH + 1, 1), True),
+        ({"a": [1, {"b": nested(MAX_DEPTH - 2)}]}, True),
+        ([[]] * 1000, False),
+    ],
+)
+def test_depth_is_counted_in_levels_of_values(value, deep):
+    assert is_deep(value) == deep
+
+
+def test_values_are_counted_no_further_than_allowed():
+    assert measure({"a": [1, 2, {"b": 3}], "c": "d"}, max_depth=9) == (3, 7)
+    assert measure([[0] * 10] * 10, max_depth=9) == (2, 111)
+    assert measure([nested(500)] * 10**6, max_depth=9, max_values=100) == (1, 10**6 + 1)
+    assert measure(nested(500), max_depth=9)[0] == 10
+
+
+@pytest.mark.parametrize("path", ["/crane/run", "/v1/chat/completions"])
+def test_a_body_of_any_shape_is_refused_where_it_is_too_deep(client, path):
+    deep = nested(MAX_BODY_DEPTH + 1)
+    answer = client.post(
+        path, json={"model": "chat", "max_tokens": deep, "max_completion_tokens": deep}
+    )
+    assert answer.status_code == 400
+    assert f"body is nested deeper than {MAX_BODY_DEPTH} levels" in answer.json["error"]["message"]
+
+
+def test_a_body_may_have_as_many_values_as_the_largest_batch(make_app):
+    client = make_app(max_batch=100_000, queue_size=100_000, threads=1).test_client()
+    answer = client.post("/crane/run", json={"model_id": "echo", "input": [1] * 100_001})
+    assert "1 to 100000 items" in answer.json["error"]["details"]["input"]
+    path, body = HOSTILE["too many values"]
+    assert (
+        f"more than {MAX_VALUES} values"
+        in client.post(path, json=body).json["error"]["details"]["body"]
+    )
