@@ -32,6 +32,7 @@ bench: $(VENV)/bench.done
 	$(BIN)/python -m bench.speech
 	$(BIN)/python -m bench.video
 	$(BIN)/python -m bench.swap
+	$(BIN)/python -m bench.neighbours
 
 # What is installed is remembered by these files, so a second run starts at once.
 $(BIN)/python:

@@ -47,8 +47,11 @@ def chats(lengths: str, callers: int) -> list[tuple[str, int]]:
     ]
 
 
-def build(folder: Path) -> None:
-    """The checkpoint; no token ends a text of its, so that all are as long as they are asked."""
+def build(folder: Path, **shape: int) -> None:
+    """The checkpoint; no token ends a text of its, so that all are as long as they are asked.
+
+    ``shape`` are settings of its config that are to differ.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -68,9 +71,7 @@ def build(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
+        **{"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, **shape},
         num_attention_heads=8,
         max_position_embeddings=2048,
         bos_token_id=None,

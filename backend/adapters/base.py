@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Batch:
     """Inputs of one or more callers that run together, all with equal options.
 
-    ``seeds[i]`` is input i's own; ``cancelled(i)`` turns true once nobody waits for it.
+    ``seeds[i]`` is input i's own; ``cancelled(i)`` turns true once nobody waits for it. It is asked
+    between steps, and may let other models compute before it answers.
     ``progress(done, of, previews)`` tells the engine how many of a run's steps are done, and
     perhaps how the pictures of some inputs look by now, as pixels. ``listens(i)`` says
     whether input i's caller is told of its run, by ``tell(i, kind, data)`` as ``Event`` has it.
@@ -124,6 +125,8 @@ class Adapter(ABC):
 
     # Whether nothing else may load meanwhile in this process; see Worker.
     loads_alone: ClassVar[bool] = True
+    # Whether its runs on a CPU wait for those of other models there; see turns.py.
+    takes_turns: ClassVar[bool] = True
     # What an entry's `memory` and `compile` may ask of this adapter.
     memory_ways: ClassVar[frozenset[str]] = frozenset()
 

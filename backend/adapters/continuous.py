@@ -13,6 +13,7 @@ from backend.adapters.decoding import Sampling, choose
 from backend.adapters.numbers import not_numbers
 from backend.adapters.prefixes import Prefix, Prefixes
 from backend.adapters.slots import Decoder, Layout
+from backend.engine import turns
 from backend.errors import CraneError
 
 # Of prompts that are read in one run, with the next token of each text: a fifth of a second for a
@@ -79,6 +80,7 @@ class ContinuousBatch:
     def run(self, feed: Feed) -> None:
         """Write until nobody waits for anything more."""
         while True:
+            turns.offer()
             self._let_go(feed)
             self._take(feed)
             self._admit()

@@ -10,6 +10,8 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+from backend.engine import turns
+
 logger = logging.getLogger("crane.adapters")
 
 ROWS = 16  # that the layout is for; it is as quick with others
@@ -86,8 +88,10 @@ class Packing:
             and not _is_read(type(module).forward, name)
         ]
         if at_once:
-            while not self.over:
-                self._pack()
+            with turns.hold():
+                while not self.over:
+                    turns.offer()
+                    self._pack()
             self._places.clear()  # for good: nothing is left to pack, or to unpack
 
     @property
@@ -159,11 +163,12 @@ def _pays(rows: int) -> bool:
     except (AttributeError, RuntimeError):  # as in ``Packing._pack``
         return False
     times: tuple[list[float], list[float]] = [], []
-    for _ in range(7):  # in turns, as others may use the processor meanwhile
-        for layer, own in zip(layers, times, strict=True):
-            started = time.perf_counter()
-            layer(some)
-            own.append(time.perf_counter() - started)
+    with turns.hold():
+        for _ in range(7):  # in turns, as other processes may use the CPU meanwhile
+            for layer, own in zip(layers, times, strict=True):
+                started = time.perf_counter()
+                layer(some)
+                own.append(time.perf_counter() - started)
     packed_s, plain_s = map(min, times)
     return packed_s < PAYS * plain_s
 

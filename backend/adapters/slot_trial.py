@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from backend.adapters.slots import Decoder, Layout
+from backend.engine import turns
 
 logger = logging.getLogger("crane.adapters")
 
@@ -87,11 +88,13 @@ def _try_out(model: Any, layout: Layout) -> None:
     draw = torch.Generator().manual_seed(0)
     one, other = (torch.randint(vocabulary, (size,), generator=draw).tolist() for size in (9, 5))
     decoder = Decoder(model, layout)
-    with torch.inference_mode():
+    with turns.hold(model.device.type), torch.inference_mode():
         decoder.add()
         _compare(decoder.run([one[:7]]), model, [one[:7]])
         decoder.add()
+        turns.offer()
         _compare(decoder.run([one[7:8], other[:4]]), model, [one[:8], other[:4]])
+        turns.offer()
         _compare(decoder.run([one[8:], other[4:]]), model, [one, other])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from backend import metrics
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
+from backend.engine import turns
 from backend.engine.calls import Item
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.feed import Feed
@@ -169,13 +170,17 @@ class Runner:
                 seen = {"preview": previews[place]} if previews and place in previews else {}
                 item.tell("progress", {**self.progress, **seen})
 
+        def cancelled(index: int) -> bool:
+            turns.offer()  # an adapter asks between steps
+            return items[index].job.cancelled
+
         for item in items:
             item.begin_again()
         batch = Batch(
             inputs=[item.input for item in items],
             options=dict(items[0].options),
             seeds=[item.seed for item in items],
-            cancelled=lambda index: items[index].job.cancelled,
+            cancelled=cancelled,
             progress=progress,
             listens=lambda index: items[index].listens,
             tell=lambda index, kind, data: items[index].tell(kind, data),

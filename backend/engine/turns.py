@@ -7,8 +7,9 @@ So one model computes at a time, and a thread that has computed ends its team be
 and once it is idle. To start a team again takes some 0.2 ms.
 
 A thread holds the turn while it runs its model, and offers it where it can be interrupted: after
-each token, denoising step, chunk and batch. So a turn is bounded by ``SLICE_S`` and one such step.
-The process has one turn, as it has one set of cores. Models on a GPU need none.
+each token, denoising step, chunk and batch. So a turn lasts ``SLICE_S`` and the rest of a step,
+and where a step takes longer than ``OVERDUE_S``, or never ends, others compute beside it from then
+on. The process has one turn, as it has one set of cores. Models on a GPU need none.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ SLICE_S = 0.03
 # have computed within the last second.
 LINGER_S = 0.1
 CROWDED_S = 1.0
-CHECK_S = 1.0  # between looks whether the thread that has the turn is still alive
+# So long a turn may last where others wait: a step of any model that suits a CPU is shorter, and no
+# one hangs for another.
+OVERDUE_S = 2.0
+CHECK_S = 0.5  # between looks whether a turn is overdue
 SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5
 
 
@@ -53,21 +57,26 @@ class Turns:
         self._last: threading.Thread | None = None  # that had it, whether or not it still does
         self._since = 0.0
         self._handed_over_at = float("-inf")
+        self._overdue: set[threading.Thread] = set()  # that compute though their turn was taken
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Compute in here: wait for the turn, and hand it over in the end. Holds may be nested."""
+    def hold(self, device: str = "cpu") -> Iterator[None]:
+        """Compute in here: wait for the turn, and hand it over in the end. Holds may be nested.
+
+        On a ``device`` that is no CPU it does nothing.
+        """
         me = threading.current_thread()
-        if self._holder is me:
+        if device != "cpu" or self._holder is me or me in self._overdue:
             yield
             return
-        self._acquire(me)
+        self._wait(self._join(me))
         try:
             yield
         finally:
             if self._line or time.monotonic() - self._handed_over_at < CROWDED_S:
                 end_team()
             with self._lock:
+                self._overdue.discard(me)
                 if self._holder is me:
                     self._hand_over()
 
@@ -76,17 +85,20 @@ class Turns:
 
         Does nothing in a thread that does not hold the turn, and next to nothing where none waits.
         """
-        if not self._line or time.monotonic() - self._since < SLICE_S:
+        if not (self._line or self._overdue):
             return
         me = threading.current_thread()
-        if self._holder is not me:
+        if self._holder is me:
+            if not self._line or time.monotonic() - self._since < SLICE_S:
+                return
+        elif me not in self._overdue:
             return
         end_team()
+        waiter = self._join(me)
         with self._lock:
-            if self._holder is not me or not self._line:
-                return
-            waiter = self._join(me)
-            self._hand_over()
+            self._overdue.discard(me)
+            if self._holder is me:
+                self._hand_over()
         self._wait(waiter)
 
     def is_waiting(self, thread: threading.Thread) -> bool:
@@ -94,47 +106,35 @@ class Turns:
         with self._lock:
             return any(waiter.thread is thread for waiter in self._line)
 
-    def abandon(self, thread: threading.Thread) -> None:
-        """Take the turn from a thread that does not come back; if it does, it has none."""
+    def _join(self, thread: threading.Thread) -> _Waiter:
+        waiter = _Waiter(thread)
         with self._lock:
-            if self._holder is thread:
-                self._hand_over()
-
-    def _acquire(self, me: threading.Thread) -> None:
-        with self._lock:
+            self._line.append(waiter)
             if self._holder is None:
-                self._give(me)
-                return
-            waiter = self._join(me)
-        self._wait(waiter)
-
-    def _join(self, me: threading.Thread) -> _Waiter:
-        waiter = _Waiter(me)
-        self._line.append(waiter)
+                self._hand_over()
         return waiter
 
     def _wait(self, waiter: _Waiter) -> None:
-        """Wait to be called. A thread that has died with the turn is passed over."""
+        """Wait to be called: until then, or until the turn of who has it is overdue."""
         while not waiter.called.wait(CHECK_S):
             with self._lock:
-                if self._holder is not None and not self._holder.is_alive():
+                late = time.monotonic() - self._since >= OVERDUE_S
+                if late and self._holder is not None and self._line[0] is waiter:
+                    self._overdue.add(self._holder)
                     self._hand_over()
 
     def _hand_over(self) -> None:
         """Give the turn to the first in line; the caller holds the lock."""
         self._holder = None
-        if self._line:
-            waiter = self._line.popleft()
-            self._give(waiter.thread)
-            waiter.called.set()
-
-    def _give(self, thread: threading.Thread) -> None:
-        now = time.monotonic()
-        if self._last is not thread:
+        if not self._line:
+            return
+        waiter = self._line.popleft()
+        self._holder, self._since = waiter.thread, time.monotonic()
+        if self._last is not self._holder:
             if self._last is not None:
-                self._handed_over_at = now
-            self._last = thread
-        self._holder, self._since = thread, now
+                self._handed_over_at = self._since
+            self._last = self._holder
+        waiter.called.set()
 
 
 def end_team() -> None:
@@ -176,4 +176,3 @@ _turns = Turns()
 hold = _turns.hold
 offer = _turns.offer
 is_waiting = _turns.is_waiting
-abandon = _turns.abandon

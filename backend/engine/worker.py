@@ -17,6 +17,7 @@ from backend.adapters import footprint
 from backend.adapters.base import Adapter, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
+from backend.engine import turns
 from backend.engine.batch_queue import BatchQueue
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.devices import Devices
@@ -250,8 +251,8 @@ class Worker:
     def _serve(self) -> None:
         """Load, run batches as long as there is a reason to stay, and unload."""
         if self._load():
-            while batch := self._next_batch():
-                self._answer(batch)
+            while self._wait_for_work():
+                self._answer_queued()
             self._unload()
 
     def _recovers(self, error: BaseException) -> bool:
@@ -396,6 +397,7 @@ class Worker:
             raise
         finally:
             alarm.cancel()
+            turns.end_team()
 
     def _make_room(self) -> None:
         """Have all idle models leave the device."""
@@ -460,23 +462,42 @@ class Worker:
         if any(item.job.cancelled for item in self._queue):
             self._queue.keep(waited_for)
 
-    def _next_batch(self) -> list[Item]:
-        """Wait for work and take all that may run together; empty once closed and done."""
+    def _wait_for_work(self) -> bool:
+        """Wait until something is queued; false once the model is to unload."""
         with self._changed:
+            rests = False
             while True:
                 self._drop_cancelled()
                 if self._leaving is Leaving.NOW:
-                    return []
+                    return False
                 if self._queue:
                     if self._leaving is Leaving.IF_IDLE:
                         self._leaving = Leaving.NO
-                    break
+                    return True
                 if self._closing or self.is_leaving:
-                    return []
+                    return False
                 left_s = math.inf if self.pinned else self.used_at + self._stay_s - time.monotonic()
                 if left_s <= 0:
-                    return []
-                self._changed.wait(min(left_s, LONGEST_WAIT_S))
+                    return False
+                if not self._changed.wait(min(left_s, LONGEST_WAIT_S if rests else turns.LINGER_S)):
+                    turns.end_team()
+                    rests = True
+
+    def _answer_queued(self) -> None:
+        """Answer what is queued, and what comes meanwhile; on a CPU in turns with other models."""
+        # What comes while others compute is in the first batch too.
+        adapter = self._adapter
+        with turns.hold(adapter.device) if adapter.takes_turns else nullcontext():
+            while batch := self._take_batch():
+                self._answer(batch)
+                turns.offer()
+
+    def _take_batch(self) -> list[Item]:
+        """Take all that may run together; empty where nothing is queued, or may be run."""
+        with self._changed:
+            self._drop_cancelled()
+            if self._leaving is Leaving.NOW or not self._queue:
+                return []
             head = self._queue.head
             adapter = self._adapter_of(head)
             most = min(adapter.spec.max_batch_size, self._runner.most_at_once)
@@ -544,6 +565,7 @@ class Worker:
             return
         groups = of_like_size(batch, adapter.max_batch_tokens)
         for group in groups:
+            turns.offer()
             answers = self._runner.run(adapter, waited_for(group), about)
             if group is groups[-1]:  # whoever is answered finds the model free
                 self._rest(batch)
