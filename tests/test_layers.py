@@ -16,6 +16,7 @@ LAYERS = [
     [
         "backend.bounds",
         "backend.cores",
+        "backend.engine.libraries",
         "backend.engine.turns",  # a load takes turns too
         "backend.errors",
         "backend.logs",
@@ -139,6 +140,11 @@ def test_model_libraries_are_imported_only_where_weights_load(module):
     if not module.startswith(("backend.adapters.", "backend.engine.")):
         assert used == []
     assert [name for name, where in used if where == "top"] == []
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"backend.engine.libraries"}))
+def test_nobody_else_looks_for_modules_that_may_be_half_imported(module):
+    assert "sys.modules" not in MODULES[module].read_text()
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from backend.adapters import footprint
 from backend.adapters.hub import pick_device, pick_dtype
+from backend.engine import libraries
 from backend.errors import CraneError, DeadlineExceeded, ModelUnavailable
 from backend.registry import ModelSpec
 
@@ -123,6 +124,8 @@ class Adapter(ABC):
     # Whether batches in half precision on a CPU leave a core to each HTTP worker; see Worker.
     spares_cores: ClassVar[bool] = True
 
+    # What is imported before ``place`` and ``load``.
+    libraries: ClassVar[tuple[str, ...]] = libraries.COMMON
     # Whether nothing else may load meanwhile in this process; see Worker.
     loads_alone: ClassVar[bool] = True
     # Whether its runs on a CPU wait for those of other models there; see turns.py.

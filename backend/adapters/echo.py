@@ -11,6 +11,7 @@ from backend.errors import CraneError
 class Echo(Adapter):
     loads_alone = False
     takes_turns = False  # it computes nothing
+    libraries = ()
 
     def load(self) -> None:
         self.device, self.dtype = "cpu", "none"

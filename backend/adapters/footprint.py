@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from backend.engine import libraries
 from backend.registry import ModelSpec
 
 logger = logging.getLogger("crane.engine")
@@ -123,9 +124,8 @@ def _in_memory(size: int, stored: str, dtype: str) -> int:
 
 def count(adapter: object) -> int:
     """The bytes of all weights that an adapter has, each counted once."""
-    if "torch" not in sys.modules:
+    if (torch := libraries.imported("torch")) is None:
         return 0
-    import torch
 
     sizes: dict[int, int] = {}
     for tensor in tensors(adapter):
@@ -139,9 +139,8 @@ def count(adapter: object) -> int:
 
 def tensors(adapter: object) -> Iterator[Any]:
     """The tensors that an adapter has."""
-    if "torch" not in sys.modules:
+    if (torch := libraries.imported("torch")) is None:
         return
-    import torch
 
     seen: set[int] = set()
     left: list[Any] = [vars(adapter)]

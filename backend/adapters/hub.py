@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import weakref
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backend.engine import libraries
 from backend.errors import ModelUnavailable
 from backend.registry import ModelSpec
 
@@ -94,6 +94,6 @@ def release_memory(dropped: Collection[weakref.ref[Any]] = ()) -> None:
     # Weights of up to 32 MB are on glibc's heap, which keeps for itself what is not at its end.
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-    torch = sys.modules.get("torch")
+    torch = libraries.imported("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar
 
 from backend.adapters.base import Adapter
@@ -90,12 +89,7 @@ def model_window(model: Any, tokenizer: Any) -> int | None:
 
 
 def quiet() -> None:
-    """Keep progress bars out of the log, and what torchao says of kernels that are not there.
-
-    To be called before a library is imported that imports torchao, as diffusers does.
-    """
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Keep progress bars out of the log."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

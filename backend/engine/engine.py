@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from backend.adapters import ADAPTERS
 from backend.config import Config
+from backend.engine import libraries
 from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.devices import Devices
 from backend.engine.placement import homes
@@ -54,6 +56,14 @@ class Engine:
                 except Exception as error:  # which costs this model, and not the engine
                     logger.error("%s is pinned and cannot load: %s", spec.id, error, exc_info=error)
 
+    def import_libraries(self) -> None:
+        """Begin to import the model libraries, if any model here is going to need them.
+
+        The first load finds them imported, or waits for the rest; all else goes on meanwhile.
+        """
+        if any(ADAPTERS[spec.type].libraries for spec in self._registry):
+            threading.Thread(target=_import_libraries, name="libraries", daemon=True).start()
+
     def control(self, order: str, model_id: str) -> None:
         """Begin to ``load`` a model, or ``unload`` it when its queued work is done.
 
@@ -92,3 +102,10 @@ class Engine:
         """Finish what is queued, unload every model; give up on what takes longer."""
         if late := self._pool.close(timeout_s):
             logger.warning("did not unload in %.0f s: %s", timeout_s, ", ".join(late))
+
+
+def _import_libraries() -> None:
+    try:
+        libraries.load(libraries.COMMON)
+    except Exception:  # a load fails by it too, and its callers are told
+        logger.exception("the model libraries cannot be imported")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
-import sys
 from collections.abc import Iterator
+
+from backend.engine import libraries
 
 
 class DeviceBroken(BaseException):
@@ -38,7 +39,7 @@ _STICKY = re.compile(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether less at once, or with other models unloaded, might succeed."""
-    torch = sys.modules.get("torch")
+    torch = libraries.imported("torch")
     own = getattr(torch, "OutOfMemoryError", MemoryError)
     return any(
         isinstance(one, MemoryError | own)
@@ -53,7 +54,7 @@ def is_broken_device(error: BaseException) -> bool:
 
     A device that is there is asked whether it still works; else the error's text decides.
     """
-    torch = sys.modules.get("torch")
+    torch = libraries.imported("torch")
     if torch is None or is_out_of_memory(error):
         return False
     kind = getattr(torch, "AcceleratorError", ())

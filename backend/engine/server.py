@@ -64,6 +64,7 @@ class Server:
 
         Returns the exit status that says which.
         """
+        self._engine.import_libraries()
         self._engine.load_pinned()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)

@@ -17,14 +17,14 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from backend.engine import libraries
 
 # Shorter turns are not handed over: to end a team and to start it costs up to 0.7 ms.
 SLICE_S = 0.03
@@ -154,8 +154,8 @@ def _pauses() -> list[Callable[[int], int]]:
     global _found
     if _found is None:
         # PyTorch brings the runtime; without it nothing has computed yet.
-        torch: Any = sys.modules.get("torch")
-        if not hasattr(torch, "set_num_threads"):
+        torch = libraries.imported("torch")
+        if torch is None:
             return []
         _found = []
         for path in _runtimes(Path(torch.__file__).parent / "lib"):

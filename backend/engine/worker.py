@@ -17,7 +17,7 @@ from backend.adapters import footprint
 from backend.adapters.base import Adapter, Prediction, too_late
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
-from backend.engine import turns
+from backend.engine import libraries, turns
 from backend.engine.batch_queue import BatchQueue
 from backend.engine.calls import Item, Job, ModelStatus, State
 from backend.engine.devices import Devices
@@ -316,6 +316,7 @@ class Worker:
         try:
             adapter = self._adapter
             adapter.check_entry()
+            libraries.load(adapter.libraries)
             device, size = self._size or adapter.place()
             self.state = State.WAITING
             memory = self._devices.memory(device)
