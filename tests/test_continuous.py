@@ -98,7 +98,7 @@ def entry(place, prompt):
         def __init__(self):
             self.place, self.input = place, prompt
             self.options, self.seed, self.listens = {}, None, False
-            self.caller = ""
+            self.caller, self.prepared = "", None
 
         def cancelled(self):
             return isinstance(prompt, Left) and Left.after()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from concurrent.futures import wait
 
 import jsonschema
 import pytest
@@ -73,11 +74,27 @@ def form(schema):
     return Form(schema, "options.response_format")
 
 
+class Caller:
+    """An input whose caller waits for a grammar, as a run has it."""
+
+    caller, prepared = "one", None
+
+    def cancelled(self):
+        return False
+
+
+def start(grammar, form, room, caller=None):
+    """Keep a text to a form, once its schema is compiled."""
+    compiled = grammar.compile(form, caller or Caller())
+    wait([compiled], timeout=60)
+    return grammar.start(compiled, form, room)
+
+
 def write(grammars, schema, room, seed):
     """A document of random tokens, and how many."""
     grammar, tokenizer = grammars
     draw = torch.Generator().manual_seed(seed)
-    constraint, ids = grammar.start(form(schema), room), []
+    constraint, ids = start(grammar, form(schema), room), []
     while not constraint.done:
         scores = torch.randn(len(tokenizer) + 5, generator=draw) * 3
         constraint.mask(scores)
@@ -98,7 +115,7 @@ def test_an_object_always_parses_however_little_room_there_is(grammars, seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_a_document_satisfies_its_schema_however_little_room_there_is(grammars, name, seed):
     with pytest.raises(InvalidRequest) as refusal:
-        grammars[0].start(form(SCHEMAS[name]), 0)
+        start(grammars[0], form(SCHEMAS[name]), 0)
     [fault] = refusal.value.details.values()
     least = int(fault.split()[-1])
     room = least + random.Random(seed).choice([0, 1, 2, 7, 30, 90])
@@ -149,10 +166,10 @@ def attempt(grammars, schema, room):
 def test_grammars_are_kept_and_the_oldest_go(grammars):
     kept = grammars[0]._kept
     for place in range(20):
-        grammars[0].start(form({"const": place}), 50)
+        start(grammars[0], form({"const": place}), 50)
     assert len(kept) == 16
     first = next(iter(kept))
-    grammars[0].start(form(json.loads(first)), 50)
+    start(grammars[0], form(json.loads(first)), 50)
     assert next(iter(kept)) != first
 
 
@@ -169,4 +186,4 @@ def test_a_tokenizer_of_another_kind_is_refused_or_serves(checkpoint, name):
 def test_a_model_without_an_end_is_refused(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
     with pytest.raises(InvalidRequest, match="no token for the end"):
-        Grammars(tokenizer, []).start(form(OBJECT), 50)
+        start(Grammars(tokenizer, []), form(OBJECT), 50)

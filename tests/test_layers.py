@@ -23,6 +23,7 @@ LAYERS = [
         "backend.media",
         "backend.metrics",
         "backend.private",
+        "backend.schema_process",
         "backend.sse",
         "backend.tool_calls",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,8 @@ class Entry(Protocol):
     @property
     def caller(self) -> str: ...
 
+    prepared: Any  # what ``Feed.park`` waited for; None before
+
     def cancelled(self) -> bool: ...
 
     def tell(self, kind: str, data: dict[str, Any]) -> None: ...
@@ -91,7 +94,10 @@ class Feed(Protocol):
         """Inputs that join the run now; none where none is waiting."""
 
     def answer(self, entry: Any, result: Prediction | CraneError) -> None:
-        """What became of one that was taken; each has one answer."""
+        """What became of one that was taken; each has one answer, unless it is parked."""
+
+    def park(self, entry: Any, ready: Future[Any]) -> None:
+        """Put one that was taken back in the queue, at its head, once the future is done."""
 
 
 def too_late() -> DeadlineExceeded:

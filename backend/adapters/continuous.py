@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class ContinuousBatch:
         model: Any,
         layout: Layout,
         prefixes: Prefixes,
-        begin: Callable[[Entry], Text | CraneError],
+        begin: Callable[[Entry], Text | CraneError | Future[Any]],
         show: Callable[[int], str],
         *,
         before_run: Callable[[int], None],
@@ -62,6 +63,8 @@ class ContinuousBatch:
         most_tokens: int,
     ) -> None:
         """``begin`` makes of an input what is to be written, and ``show`` a text of a token.
+
+        Where ``begin`` gives a future, the input is parked until that is done.
 
         ``before_run`` is told how many texts the next run is of.
         ``most_tokens`` is how many the texts that are written at once may have together.
@@ -95,6 +98,8 @@ class ContinuousBatch:
             text = self._begin(entry)
             if isinstance(text, Text):
                 self._waiting.append(text)
+            elif isinstance(text, Future):
+                feed.park(entry, text)
             else:
                 feed.answer(entry, text)
 
@@ -174,7 +179,7 @@ class ContinuousBatch:
             text.next = token
             text.completion.take(text.next)
             if text.sampling.done:
-                text.completion.finish_reason = "stop"
+                text.completion.finish_reason = "length" if text.sampling.cut_short else "stop"
             if text.completion.ended:
                 self._drop(slot)
                 prediction = text.completion.prediction()

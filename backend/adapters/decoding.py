@@ -136,6 +136,11 @@ class Sampling:
         """Whether what it is kept to is whole."""
         return self._constraint is not None and self._constraint.done
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether what it is kept to was ended for it, as its grammar took too long."""
+        return self._constraint is not None and self._constraint.cut_short
+
 
 def _highest(scores: torch.Tensor) -> list[int]:
     """The first of each row's highest scores."""

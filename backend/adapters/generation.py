@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from backend.adapters.base import Batch, Entry, Feed, Prediction
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
-from backend.adapters.grammar import Form, Grammars
+from backend.adapters.grammar import Form, Grammar, Grammars
 from backend.adapters.numbers import scored_in_numbers
 from backend.adapters.packing import Packing
 from backend.adapters.prefixes import Prefixes
@@ -280,18 +281,24 @@ class CausalGenerator(Generator):
                 most_tokens=self._most_tokens(),
             ).run(feed)
 
-    def _begin(self, entry: Entry) -> Text | CraneError:
-        """Make of an input what is to be written for it."""
+    def _begin(self, entry: Entry) -> Text | CraneError | Future[Grammar]:
+        """Make of an input what is to be written for it, or wait for its grammar."""
         options = entry.options
+        try:
+            form = self.form(entry.input, options)
+            compiled = self._grammars.compile(form, entry) if form else None
+        except InvalidRequest as error:
+            return error
+        if compiled is not None and not compiled.done():
+            return compiled
         read = self.read(entry.input, options)
         if isinstance(read, CraneError):
             return read
         prompt, cut = read
         room = self.room(prompt, options)
         try:
-            form = self.form(entry.input, options)
-            constraint = self._grammars.start(form, room) if form else None
-        except InvalidRequest as error:
+            constraint = self._grammars.start(compiled, form, room) if compiled and form else None
+        except CraneError as error:
             return error
         return Text(
             entry=entry,

@@ -210,6 +210,7 @@ class Item:
         "index",
         "job",
         "prediction",
+        "prepared",
         "size",
         "timings_ms",
     )
@@ -218,6 +219,7 @@ class Item:
         self.job = job
         self.index = index
         self.size = 1
+        self.prepared: Any = None  # beside the model's thread, before it could run
         self.alone = False  # whether it runs by itself, after it failed with others
         self._told: dict[str, str] = {}  # of each kind of text
         self._again: dict[str, str] = {}  # what of that another run still has to repeat

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from backend import metrics
 from backend.adapters.base import Prediction
@@ -21,17 +23,19 @@ class Feed:
         join: Callable[[int], list[Item]],
         begin: Callable[[Item, int], None],
         answer: Callable[[Item, Prediction | CraneError, float], None],
+        park: Callable[[Item, Future[Any]], None],
     ) -> None:
         """``join`` takes up to so many out of the queue that may run beside the others.
 
         ``begin`` is told of each item and how many run with it; ``answer`` also of the seconds
-        since the last answer, or since the run was idle.
+        since the last answer, or since the run was idle. ``park`` queues an item again, later.
         """
         self.left: list[Item] = []  # taken, and not answered
         self._first = first
         self._join = join
         self._begin = begin
         self._answer = answer
+        self._park = park
         self._last_at = 0.0
 
     def take(self, most: int) -> list[Item]:
@@ -57,3 +61,7 @@ class Feed:
             metrics.CANCELLED.labels(item.job.call.model_id, "running").inc()
         self._answer(item, result, now - self._last_at)
         self._last_at = now
+
+    def park(self, item: Item, ready: Future[Any]) -> None:
+        self.left.remove(item)
+        self._park(item, ready)

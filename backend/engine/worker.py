@@ -9,6 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from enum import Enum, auto
 from typing import Any
@@ -101,6 +102,7 @@ class Worker:
         self._stay_s = self._own_stay_s(spec)
         self._queue = BatchQueue()
         self._running: list[Item] = []
+        self._parked: list[Item] = []  # until something is ready for them elsewhere
         # One lock, so that nothing is queued after the last look for work.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -125,7 +127,7 @@ class Worker:
 
     @property
     def users(self) -> int:
-        return len(self._queue) + len(self._running)
+        return len(self._queue) + len(self._running) + len(self._parked)
 
     @property
     def is_leaving(self) -> bool:
@@ -159,12 +161,14 @@ class Worker:
             item.size = adapter.size(item.input, job.call.options)
         with self._changed:
             self._check_open()
-            if len(self._queue) + len(job.items) > self._queue_size:
+            most = self._queue_size - len(self._parked) - len(job.items)
+            if len(self._queue) > most:
                 self._drop_cancelled()
-            if len(self._queue) + len(job.items) > self._queue_size:
-                wait_s = max(1.0, len(self._queue) * self._runner.seconds_per_item)
+            if len(self._queue) > most:
+                queued = len(self._queue) + len(self._parked)
+                wait_s = max(1.0, queued * self._runner.seconds_per_item)
                 raise Overloaded(
-                    f"{self.model_id} has {len(self._queue)} inputs queued, and "
+                    f"{self.model_id} has {queued} inputs queued, and "
                     f"{self._queue_size} is the most; try again in {wait_s:.0f} s.",
                     retry_after_s=wait_s,
                 )
@@ -205,7 +209,8 @@ class Worker:
         error = self._residency.why(self) if self.state is State.WAITING else None
         running = list(self._running)
         with self._changed:
-            queued = sum(item.job.call.model_id == model_id for item in self._queue)
+            waiting = [*self._queue, *self._parked]
+        queued = sum(item.job.call.model_id == model_id for item in waiting)
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
@@ -447,8 +452,8 @@ class Worker:
         """Refuse everyone who waits, as everyone who comes while it is so."""
         with self._changed:
             self.state, self._error = state, why
-            left = [*self._running, *self._queue.clear()]
-            self._running = []
+            left = [*self._running, *self._parked, *self._queue.clear()]
+            self._running, self._parked = [], []
         for item in left:
             item.job.fail(error or self._refusal())
 
@@ -475,9 +480,12 @@ class Worker:
                     if self._leaving is Leaving.IF_IDLE:
                         self._leaving = Leaving.NO
                     return True
-                if self._closing or self.is_leaving:
+                stays = bool(self._parked)  # which come back soon
+                if (self._closing or self.is_leaving) and not stays:
                     return False
-                left_s = math.inf if self.pinned else self.used_at + self._stay_s - time.monotonic()
+                left_s = self.used_at + self._stay_s - time.monotonic()
+                if self.pinned or stays:
+                    left_s = math.inf
                 if left_s <= 0:
                     return False
                 if not self._changed.wait(min(left_s, LONGEST_WAIT_S if rests else turns.LINGER_S)):
@@ -547,11 +555,28 @@ class Worker:
             self._rest([item])
             item.answer(too_late() if item.job.cancelled else result, about)
 
-        left = runner.roll(adapter, Feed(batch, join=join, begin=begin, answer=answer))
+        feed = Feed(batch, join=join, begin=begin, answer=answer, park=self._park)
+        left = runner.roll(adapter, feed)
         if left:
             with self._changed:
                 self._running = []
                 self._queue.put_back(left)
+
+    def _park(self, item: Item, ready: Future[Any]) -> None:
+        """Take an input out of its run, and queue it again at the head when its future is done."""
+        with self._changed:
+            self._running = [one for one in self._running if one is not item]
+            self._parked.append(item)
+        item.prepared = ready
+        ready.add_done_callback(lambda _: self._unpark(item))
+
+    def _unpark(self, item: Item) -> None:
+        with self._changed:
+            if item not in self._parked:  # it was refused, with all others
+                return
+            self._parked.remove(item)
+            self._queue.put_back([item])
+            self._start()
 
     def _answer(self, batch: list[Item]) -> None:
         adapter = self._adapter_of(batch[0])
