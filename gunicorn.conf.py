@@ -6,19 +6,16 @@ them has drained. The master itself imports no model library and never touches a
 
 import math
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 from gunicorn import glogging
-from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
 from backend.cores import allowed, stay_on, take_turns
@@ -26,11 +23,9 @@ from backend.engine.devices import found
 from backend.logs import logging_config
 from backend.private import private_folder
 from backend.registry import Registry
+from backend.server.worker import Worker
 
 HERE = Path(__file__).resolve().parent
-LINGER_MS = 20  # a client that calls again and again does so sooner
-ACCEPT_DELAY_S = 0.00002  # for each connection that a worker has
-MAX_ACCEPT_DELAY_S = 0.001
 UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest names we put in the folder have 14
 
 os.environ.setdefault("CRANE_ENGINE", "process")
@@ -50,39 +45,6 @@ class Logger(glogging.Logger):
 
     def access(self, *args, **kwargs):
         """Without this, ``logconfig_dict`` makes gunicorn format a line that nobody reads."""
-
-
-class Worker(ThreadWorker):
-    """A threaded worker that closes its listeners as soon as it drains, and lingers.
-
-    gunicorn's own keeps its listeners open until it ends, so whoever calls meanwhile is neither
-    answered nor refused, but waits in the backlog. And it hands a connection back to its main
-    thread after each answer: that and the way to the next thread cost as much as our own work on a
-    call. While there are threads for all connections, one stays where it is for a moment.
-    """
-
-    def handle(self, conn):
-        result = super().handle(conn)
-        while result is True and self.nr_conns <= self.cfg.threads:
-            waiting = select.poll()
-            waiting.register(conn.sock, select.POLLIN)
-            if not waiting.poll(LINGER_MS):
-                break
-            result = super().handle(conn)
-        return result
-
-    def accept(self, listener):
-        # All workers hear of a connection, and the one that is quickest takes it: let that be one
-        # with few, or a client's whole pool of connections may end in one worker.
-        if self.cfg.workers > 1:
-            time.sleep(min(self.nr_conns * ACCEPT_DELAY_S, MAX_ACCEPT_DELAY_S))
-        super().accept(listener)
-
-    def set_accept_enabled(self, enabled):
-        super().set_accept_enabled(enabled)
-        if not self.alive:
-            for listener in self.sockets:
-                listener.close()
 
 
 try:

@@ -36,6 +36,8 @@ def create_app(config: Config | None = None) -> Flask:
     keys, meter = Keys(config), Meter(config)
 
     app = Flask(__name__, static_folder=None)
+    # Or /crane//run would be a redirect to whatever host the caller says this is.
+    app.url_map.merge_slashes = False
     # Nothing here is async: Flask would look at each hook and view for that, at each request.
     app.ensure_sync = lambda func: func  # type: ignore[method-assign]
     app.config["MAX_CONTENT_LENGTH"] = config.max_body

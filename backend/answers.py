@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from socket import socket
 from typing import Any
 
 from flask import Response, g, request
 
 from backend.engine.calls import Event
-from backend.errors import ClientClosedRequest, CraneError
-from backend.http import add_headers, crane, error_body, internal_error, to_json
+from backend.errors import ClientClosedRequest, CraneError, error_body
+from backend.http import add_headers, crane, internal_error, to_json
 from backend.models import run_model, stream_model
-from backend.quota_api import settle_stream
+from backend.quota_api import release_permit, settle_stream
 from backend.sse import EVENT_STREAM, IDLE, event
-
-# For one event to be taken by a caller that reads nothing: its thread is free then.
-SEND_TIMEOUT_S = 30.0
 
 Writer = Callable[[Iterator[Event | None], str], Iterator[str]]
 
@@ -69,7 +65,6 @@ def streamed(
     known: Any = g._get_current_object()
     parts = crane()
     asked = _asked(known)
-    caller: socket | None = asked["caller_socket"]
     events = stream_model(parts, **asked)
 
     def seen() -> Iterator[Event | None]:
@@ -78,10 +73,10 @@ def streamed(
                 _note(known, told.data["metadata"])
             yield told
 
+    failed: CraneError | None = ClientClosedRequest("")  # unless it comes to its end
+
     def lines() -> Iterator[str]:
-        failed: CraneError | None = ClientClosedRequest("")  # unless it comes to its end
-        if caller is not None:
-            caller.settimeout(SEND_TIMEOUT_S)
+        nonlocal failed
         try:
             yield from write(seen(), known.request_id)
             failed = None
@@ -93,15 +88,18 @@ def streamed(
         except Exception as error:
             failed = internal_error(error, known.request_id)
             yield write_error(failed, known.request_id)
-        finally:
-            events.close()
-            if failed is not None:
-                known.log["error"] = failed.code
-            settle_stream(parts.meter, known, 200 if failed is None else failed.status)
-            if caller is not None:
-                caller.settimeout(None)
+
+    def end() -> None:
+        """However much of it was sent: nothing of ``lines`` runs if its first is not taken."""
+        events.close()
+        if failed is not None:
+            known.log["error"] = failed.code
+        settle_stream(parts.meter, known, 200 if failed is None else failed.status)
+        release_permit(parts, known)
 
     first = next(events)
     known.streams = True
     add_headers({"X-Accel-Buffering": "no"})  # nginx would keep events until it has some kilobytes
-    return Response(lines(), mimetype=EVENT_STREAM)
+    response = Response(lines(), mimetype=EVENT_STREAM)
+    response.call_on_close(end)
+    return response

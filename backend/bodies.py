@@ -117,7 +117,8 @@ def form_parts() -> Iterator[tuple[str, str | Upload]]:
     if "boundary" not in request.mimetype_params:
         raise InvalidRequest.of({"body": "is multipart/form-data without a boundary"})
     try:
-        yield from request.form.items(multi=True)
+        for name, text in request.form.items(multi=True):
+            yield _named(name), text
     except RequestEntityTooLarge:
         most = current_app.config["MAX_CONTENT_LENGTH"]
         raise PayloadTooLarge(
@@ -125,7 +126,14 @@ def form_parts() -> Iterator[tuple[str, str | Upload]]:
         ) from None
     for name, file in request.files.items(multi=True):
         with file.stream:
-            yield name, Upload(file.stream.read(), file.mimetype or None)
+            yield _named(name), Upload(file.stream.read(), file.mimetype or None)
+
+
+def _named(name: str | None) -> str:
+    """A part's name, which Werkzeug does not ask for."""
+    if not name:
+        raise InvalidRequest.of({"body": "has a part without a name in its Content-Disposition"})
+    return name
 
 
 def wants_stream(body: dict[str, Any]) -> bool:

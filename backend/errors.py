@@ -103,6 +103,11 @@ class NotAcceptable(CraneError):
     code = "NOT_ACCEPTABLE"
 
 
+class RequestTimeout(CraneError):
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "REQUEST_TIMEOUT"
+
+
 class PayloadTooLarge(CraneError):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     code = "PAYLOAD_TOO_LARGE"
@@ -111,6 +116,11 @@ class PayloadTooLarge(CraneError):
 class UnsupportedMediaType(CraneError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class HeadersTooLarge(CraneError):
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    code = "HEADERS_TOO_LARGE"
 
 
 class RateLimitExceeded(CraneError):
@@ -187,8 +197,10 @@ ERRORS: dict[str, type[CraneError]] = {
         RouteNotFound,
         MethodNotAllowed,
         NotAcceptable,
+        RequestTimeout,
         PayloadTooLarge,
         UnsupportedMediaType,
+        HeadersTooLarge,
         RateLimitExceeded,
         ConcurrencyLimitExceeded,
         ClientClosedRequest,
@@ -202,6 +214,12 @@ ERRORS: dict[str, type[CraneError]] = {
         InternalError,
     )
 }
+
+
+def error_body(error: CraneError, request_id: str) -> dict[str, Any]:
+    """What every error looks like to callers."""
+    told = {"code": error.code, "message": error.message, "details": error.details}
+    return {"error": told, "request_id": request_id}
 
 
 def did_you_mean(name: object, known: list[str], *, what: str = "it is one of") -> str:

@@ -24,6 +24,7 @@ from backend.errors import (
     MethodNotAllowed,
     PayloadTooLarge,
     RouteNotFound,
+    error_body,
 )
 from backend.media.parts import Media
 from backend.models import Crane
@@ -174,12 +175,6 @@ def finish(response: Response) -> Response:
     return response
 
 
-def error_body(error: CraneError, request_id: str) -> dict[str, Any]:
-    """What every error looks like to callers."""
-    told = {"code": error.code, "message": error.message, "details": error.details}
-    return {"error": told, "request_id": request_id}
-
-
 def render(error: CraneError) -> Response:
     g.log["error"] = error.code
     openai = request.path.startswith("/v1/")
@@ -197,7 +192,10 @@ def of_http(error: HTTPException, config: Config) -> CraneError:
         return RouteNotFound(f"There is nothing at {request.path[:200]}.")
     if error.code == 405:
         allowed = ", ".join(sorted(set(error.valid_methods or ()) - {"OPTIONS", "HEAD"}))  # type: ignore[attr-defined]
-        return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}.")
+        return MethodNotAllowed(
+            f"{request.path[:200]} takes {allowed}, not {request.method[:20]}.",
+            headers={"Allow": ", ".join(sorted(error.valid_methods or ()))},  # type: ignore[attr-defined]
+        )
     if error.code == 413:
         return PayloadTooLarge(
             f"The body is larger than {config.max_body} bytes, the most allowed."

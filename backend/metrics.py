@@ -38,6 +38,11 @@ CANCELLED = Counter(
     "Inputs that nobody waited for any more, by where they were stopped: queued or running.",
     ["model", "where"],
 )
+CONNECTIONS_DROPPED = Counter(
+    "crane_connections_dropped",
+    "Connections closed on their clients: head, body or unsent (too slow), or crowded (too many).",
+    ["reason"],
+)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 

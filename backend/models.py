@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from socket import socket
 from threading import BoundedSemaphore
@@ -39,21 +39,20 @@ class Crane:
     meter: Meter
     places: BoundedSemaphore
 
-    @contextmanager
-    def admission(self) -> Iterator[None]:
-        """Hold one of this process's ``CRANE_THREADS`` places, or refuse at once.
+    def take_permit(self) -> None:
+        """Take one of this process's ``CRANE_THREADS`` permits; raises ``Overloaded`` at once.
 
-        The server has a few threads more, which keep answering /livez when all places are taken.
+        A call has one before its body is read: bodies take threads, and memory. The server has a
+        few threads more, for all that is no call.
         """
         if not self.places.acquire(blocking=False):
             raise Overloaded(
                 f"This worker has {self.config.threads} calls already; try again in 1 s.",
                 retry_after_s=1,
             )
-        try:
-            yield
-        finally:
-            self.places.release()
+
+    def release_permit(self) -> None:
+        self.places.release()
 
 
 def run_model(
@@ -76,7 +75,7 @@ def run_model(
     asked = Asked(crane, model_id, input_, options, request_id, caller)
     if one_output:
         asked.check_one_output()
-    with crane.admission(), crane.media.reading() as reading:
+    with crane.media.reading() as reading:
         answer = crane.engine.run(asked.call(reading), caller_socket)
     return asked.finish(answer)
 
@@ -98,7 +97,6 @@ def stream_model(
     """
     asked = Asked(crane, model_id, input_, options, request_id, caller)
     with (
-        crane.admission(),
         crane.media.reading() as reading,
         closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
     ):

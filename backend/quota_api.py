@@ -11,6 +11,7 @@ from flask import Blueprint, Flask, Request, Response, g, request
 from backend.errors import ClientClosedRequest
 from backend.http import add_headers, crane
 from backend.meter import Lease, Meter, quota_headers, units
+from backend.models import Crane
 from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
 
@@ -29,6 +30,7 @@ def install(app: Flask, readers: Mapping[str, Reader]) -> None:
     """Put the hooks on an app; ``readers`` has that of each endpoint which is metered."""
     app.before_request(partial(hold, readers))
     app.after_request(settle)
+    app.teardown_request(end)
 
 
 def hold(readers: Mapping[str, Reader]) -> None:
@@ -60,12 +62,26 @@ def hold(readers: Mapping[str, Reader]) -> None:
         caller.check_may_use(spec.id)
         return spec
 
+    parts.take_permit()
+    known.has_permit = True
     body = known.body = readers[endpoint](find)
     spec = known.spec
     if parts.config.quota == "on":
         count = len(body["input"]) if type(body["input"]) is list else 1
         cost = spec.cost.reserve(asked(spec, body["options"]), count)
         known.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
+
+
+def end(error: BaseException | None) -> None:
+    """Release the permit of a call that is answered; a stream has its own until its end."""
+    known: Any = g._get_current_object()
+    if not known.get("streams"):
+        release_permit(crane(), known)
+
+
+def release_permit(parts: Crane, known: Any) -> None:
+    if known.pop("has_permit", False):
+        parts.release_permit()
 
 
 def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:

@@ -49,6 +49,7 @@ LAYERS = [
     ["backend.engine.*"],
     ["backend.models"],
     ["backend.openai.*"],
+    ["backend.server.*"],
     ["backend.bodies", "backend.http", "backend.quota_api", "backend.ops_api"],
     ["backend.answers"],
     ["backend.crane_api"],

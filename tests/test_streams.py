@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backend import answers
 from backend.adapters import previews
 from backend.adapters.echo import Echo
 from backend.engine import client as engine_client
+from backend.server.sockets import ClientSocket, Pace
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, MINILM, run, write_models
 from tests.serving import Gunicorn, Stream, wait_for
@@ -442,10 +442,10 @@ def send(caller, response):
         caller.sendall(chunk)
 
 
-def test_a_caller_that_reads_nothing_is_given_up(make_app, monkeypatch):
+def test_a_caller_that_reads_nothing_is_given_up(make_app):
     """As gunicorn does it: with the caller's own socket, which it writes to."""
-    monkeypatch.setattr(answers, "SEND_TIMEOUT_S", 0.25)
-    here, there = socket.socketpair()
+    accepted, there = socket.socketpair()
+    here = ClientSocket(accepted, Pace(0.25, 1e6))
     with here, there:
         app = make_app()
         environ = {"gunicorn.socket": here}
@@ -454,7 +454,6 @@ def test_a_caller_that_reads_nothing_is_given_up(make_app, monkeypatch):
         with pytest.raises(TimeoutError):
             send(here, response)
         response.close()
-        assert here.gettimeout() is None
         assert app.extensions["crane"].places._value == app.extensions["crane"].config.threads
 
 

@@ -1,0 +1,137 @@
+"""gunicorn's parser, fed by whoever reads the connection, and its bodies with deadlines."""
+
+from __future__ import annotations
+
+import io
+import math
+import select
+import time
+from typing import Any
+
+from gunicorn.http import body, message, parser, unreader
+from gunicorn.http.errors import NoMoreData, ParseException
+
+from backend.errors import InvalidRequest, RequestTimeout
+from backend.server.sockets import ClientSocket, Pace
+
+MAX_READ = 2**20  # bytes at a time of a large body
+READ = 2**14
+
+
+class Unreader(unreader.Unreader):  # type: ignore[misc]
+    """The bytes that have come. A head is parsed once it is whole; a body's rest is waited for."""
+
+    def __init__(self, sock: ClientSocket, pace: Pace, body_timeout_s: float) -> None:
+        super().__init__()
+        self.expects_continue = False
+        self.in_body = False
+        self._sock = sock
+        self._pace = pace
+        self._body_timeout_s = body_timeout_s
+        self._began: float | None = None
+        self._received = 0
+
+    @property
+    def buffered(self) -> int:
+        """Bytes."""
+        return len(self.buf.getbuffer())
+
+    def feed(self, data: bytes | bytearray) -> None:
+        """Put what has come behind what is there."""
+        self.buf.seek(0, io.SEEK_END)
+        self.buf.write(data)
+
+    def restart(self) -> bytes:
+        """Forget the request before, and give what has come behind it."""
+        self.expects_continue = self.in_body = False
+        self._began, self._received = None, 0
+        rest: bytes = self.take_buffered()
+        return rest
+
+    def chunk(self, size_hint: int | None = None) -> bytes:
+        """More of a body. Raises ``InvalidRequest`` at the end, and ``RequestTimeout``."""
+        if not self.in_body:
+            raise NoMoreData()
+        if self._began is None:
+            self._began = time.monotonic()
+            if self.expects_continue:
+                self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        size = min(max(size_hint or 0, READ), MAX_READ)
+        while True:
+            try:
+                data = self._sock.recv(size)
+            except BlockingIOError:
+                self._wait(self._began)
+                continue
+            if not data:
+                raise cut_short("body")
+            self._received += len(data)
+            return data
+
+    def _wait(self, began: float) -> None:
+        until = min(self._pace.deadline(began, self._received), began + self._body_timeout_s)
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1e3):
+            raise too_slow("body")
+
+
+def cut_short(part: str) -> InvalidRequest:
+    return InvalidRequest.of({part: "ends before all of it has come"})
+
+
+def too_slow(part: str) -> RequestTimeout:
+    return RequestTimeout(
+        f"The {part} of the request came too slowly, or not at all. Send it faster, or less of it."
+    )
+
+
+class Body(body.Body):  # type: ignore[misc]
+    """A body whose faults are the caller's, in our words."""
+
+    def _read_reader(self, size: int) -> bytes:
+        try:
+            data: bytes = super()._read_reader(size)
+        except (ParseException, NoMoreData) as error:
+            fault = f"is not sent as HTTP has it: {str(error)[:200] or type(error).__name__}"
+            raise InvalidRequest.of({"body": fault}) from error
+        return data
+
+
+class Request(message.Request):  # type: ignore[misc]
+    """A request whose connection is closed after it where some of its body has not come by then.
+
+    To wait for that, only to throw it away, would take a thread.
+    """
+
+    body: Any
+    unreader: Any
+
+    def set_body_reader(self) -> None:
+        super().set_body_reader()
+        self.body = Body(self.body.reader)
+        # gunicorn would send its 100 at once, and so invite bodies that are refused unread.
+        self.unreader.expects_continue = bool(self._expected_100_continue)
+        self._expected_100_continue: bool = False
+        self.unreader.in_body = True
+
+    @property
+    def missing(self) -> float:
+        """Bytes of the body that have not come; infinite where only its end will tell."""
+        reader = self.body.reader
+        if isinstance(reader, body.LengthReader):
+            return float(max(0, reader.length - self.unreader.buffered)) if reader.length else 0.0
+        return 0.0 if reader.parser is None else math.inf
+
+    def should_close(self) -> bool:
+        return bool(super().should_close()) or self.body.failed or self.missing > 0
+
+
+class Parser(parser.RequestParser):  # type: ignore[misc]
+    """The requests of a connection, one after the other."""
+
+    mesg_class = Request
+
+    def __init__(self, cfg: Any, sock: ClientSocket, client: Any, reader: Unreader) -> None:
+        super().__init__(cfg, sock, client)
+        self.unreader = reader

@@ -1,0 +1,98 @@
+"""A client's socket that nobody has to wait for, and how fast a client must be."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+# Bytes of a stream that are kept for a client that is slower than the model.
+MAX_KEPT = 2**16
+MAX_PARTS = 1024  # of one sendmsg, as POSIX systems have it
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How slow a client may be: ``timeout_s`` without a byte, else ``min_rate`` bytes/s on average.
+
+    Without the average, a byte now and then would keep a connection for ever.
+    """
+
+    timeout_s: float
+    min_rate: float
+
+    def deadline(self, started: float, moved: int) -> float:
+        """When to give up, after ``moved`` bytes since ``started``, if no other byte moves."""
+        average = started + self.timeout_s + moved / self.min_rate
+        return min(time.monotonic() + self.timeout_s, average)
+
+
+class ClientSocket(socket.socket):
+    """Never blocks: ``sendall`` keeps what the client does not take, for ``flush``.
+
+    Only a stream, whose end is not known, waits for its client, once ``MAX_KEPT`` bytes are kept.
+    """
+
+    def __init__(self, accepted: socket.socket, pace: Pace) -> None:
+        family, kind, proto = accepted.family, accepted.type, accepted.proto
+        super().__init__(family, kind, proto, accepted.detach())
+        self.setblocking(False)
+        self._pace = pace
+        self._unsent: deque[memoryview] = deque()
+        self._waited_s = 0.0
+        self._taken = 0  # bytes, while we waited
+        self.unsent = 0  # bytes
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send what goes at once and keep the rest.
+
+        Raises ``OSError`` where the client is gone, or ``TimeoutError`` where it takes too little.
+        """
+        full = self.unsent > MAX_KEPT
+        if self._unsent:
+            self._keep(data, 0)
+            self.flush()
+        else:
+            try:
+                sent = self.send(data)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                self._keep(data, sent)
+        if full:
+            self._wait()
+
+    def flush(self) -> bool:
+        """Send what the client takes now; whether that is all. Raises ``OSError``."""
+        while self._unsent:
+            try:
+                sent = self.sendmsg(list(islice(self._unsent, MAX_PARTS)))
+            except BlockingIOError:
+                return False
+            self.unsent -= sent
+            while self._unsent and sent >= len(self._unsent[0]):
+                sent -= len(self._unsent.popleft())
+            if sent:
+                self._unsent[0] = self._unsent[0][sent:]
+        return True
+
+    def _keep(self, data: Any, sent: int) -> None:
+        self._unsent.append(memoryview(data)[sent:])
+        self.unsent += len(data) - sent
+
+    def _wait(self) -> None:
+        """Wait until no more than ``MAX_KEPT`` bytes are kept. Raises ``TimeoutError``."""
+        poll = select.poll()
+        poll.register(self, select.POLLOUT)
+        while self.unsent > MAX_KEPT:
+            began, before = time.monotonic(), self.unsent
+            until = self._pace.deadline(began - self._waited_s, self._taken)
+            if not poll.poll(max(0.0, until - began) * 1e3):
+                raise TimeoutError("the client takes too little of its response")
+            self.flush()
+            self._waited_s += time.monotonic() - began
+            self._taken += before - self.unsent

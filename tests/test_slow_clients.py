@@ -1,0 +1,255 @@
+"""Clients that send or read slowly, or never, or in hundreds: no thread waits for them."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import select
+import socket
+import threading
+from contextlib import ExitStack, contextmanager, suppress
+
+import pytest
+
+from tests.serving import wait_for
+
+HEAD = b"POST /crane/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HALF_HEAD = HEAD[:40]
+HALF_BODY = HEAD + b"Content-Length: 1000\r\n\r\n{"
+LARGE_BODY = HEAD + b"Content-Length: 10000000\r\n\r\n{"
+UNREFUSED_CHUNKS = HEAD.replace(b"/crane/run", b"/nope") + b"Transfer-Encoding: chunked\r\n\r\n1"
+QUICK = {"CRANE_HEAD_TIMEOUT": "400ms", "CRANE_CLIENT_TIMEOUT": "400ms", "CRANE_MIN_RATE": "1MB"}
+
+
+def echo(size):
+    """A call whose response has so many bytes, and a little more."""
+    body = json.dumps({"model_id": "echo", "input": ["x" * 500_000] * (size // 500_000)}).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def connect(server, data=b""):
+    """A client with a small window, so that what it does not read stays with the service."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect(("127.0.0.1", server.port))
+    with suppress(ConnectionError):  # a refused one is not heard to its end
+        client.sendall(data)
+    return client
+
+
+@contextmanager
+def clients(server, count, data=b""):
+    with ExitStack() as stack:
+        yield [stack.enter_context(connect(server, data)) for _ in range(count)]
+
+
+def dropped(server, reason):
+    """How many connections were dropped for it."""
+    page = server.request("GET", "/metrics")[2].decode()
+    found = re.search(rf'crane_connections_dropped_total{{reason="{reason}"}} ([\d.]+)', page)
+    return int(float(found[1])) if found else 0
+
+
+def status_of(client):
+    """The status of the response that is all there comes; None if there is none."""
+    try:
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    except ConnectionResetError:
+        return None
+    return int(answer.split()[1]) if answer else None
+
+
+@pytest.fixture(autouse=True)
+def many_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+    if enough < 2500:
+        pytest.skip("needs 2,500 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [10, 100_000], ids=["limited", "unlimited"])
+@pytest.mark.parametrize(
+    ("count", "data"),
+    [
+        pytest.param(700, HALF_HEAD, id="700 half heads"),
+        pytest.param(700, HALF_BODY, id="700 half bodies"),
+        pytest.param(2000, b"", id="2,000 silent"),
+        pytest.param(30, UNREFUSED_CHUNKS, id="bodies that nobody reads"),
+        pytest.param(15, echo(10_000_000), id="unread responses"),
+    ],
+)
+def test_no_flood_of_one_address_keeps_livez_or_others_calls(gunicorn, limit, count, data):
+    server = gunicorn(CRANE_THREADS=4, CRANE_MAX_CONNECTIONS=limit)
+    server.run()
+    with clients(server, count, data):
+        for _ in range(3):
+            status, _, body = server.request("GET", "/livez", timeout_s=10)
+            assert (status, body) == (200, b'{"status":"alive"}')
+        assert server.run(timeout_s=10)[0] == 200
+
+
+def test_livez_is_answered_where_every_permit_is_taken_by_a_body(gunicorn):
+    server = gunicorn(CRANE_THREADS=4)
+    with clients(server, 4, LARGE_BODY):
+        wait_for(lambda: server.run()[0] == 503)
+        assert server.get("/livez")[0] == 200
+    wait_for(lambda: server.run()[0] == 200)  # whose permits are free as they leave
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        pytest.param(b"", None, id="nothing"),
+        pytest.param(HALF_HEAD, 408, id="half a head"),
+        pytest.param(HALF_BODY, 408, id="half a body"),
+        pytest.param(LARGE_BODY, 408, id="half a large body"),
+        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1", 408, id="half a chunk"),
+        pytest.param(
+            HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n", 100, id="no body"
+        ),
+    ],
+)
+def test_who_sends_no_more_is_let_go(gunicorn, sent, status):
+    server = gunicorn(**QUICK)
+    with connect(server, sent) as client:
+        assert status_of(client) == status
+
+
+@pytest.mark.parametrize(
+    "sent", [HALF_HEAD, HALF_BODY, LARGE_BODY, HEAD + b"Transfer-Encoding: chunked\r\n\r\nfff\r\n"]
+)
+def test_a_byte_now_and_then_keeps_no_connection(gunicorn, sent):
+    server = gunicorn(**QUICK)
+    with connect(server, sent) as client:
+        while not select.select([client], [], [], 0.1)[0]:
+            client.sendall(b"x")  # until it is answered, or pytest's own limit ends it
+        assert status_of(client) == 408
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reads", [0, 1])
+def test_who_takes_too_little_of_a_response_is_let_go(gunicorn, stream, reads):
+    server = gunicorn(**QUICK)
+    body = {"model_id": "echo", "input": "x" * 900_000, "stream": stream}
+    body["input"] = [body["input"]] * 12  # more than the kernel keeps
+    data = json.dumps(body).encode()
+    with connect(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data) as client:
+
+        def is_dropped():
+            client.recv(reads)
+            return dropped(server, "unsent")
+
+        wait_for(is_dropped, every_s=0.1)
+        left = iter(lambda: client.recv(65536), b"")
+        assert sum(map(len, left)) < 10_000_000
+    [line] = server.log_lines(message="request", route="/crane/run")
+    assert line["status"] == 200
+
+
+def test_a_stream_that_is_not_read_ends_its_work(gunicorn):
+    """As its thread waits for the client, not the poller: there is more to come."""
+    server = gunicorn(**QUICK, CRANE_THREADS=1)
+    inputs = ["x" * 900_000] * 8
+    body = json.dumps({"model_id": "echo", "input": inputs, "stream": True}).encode()
+    with connect(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body):
+        wait_for(lambda: server.log_lines(message="request", error="CLIENT_CLOSED_REQUEST"))
+        assert server.run()[0] == 200  # with the one permit there is
+
+
+def test_a_slow_but_steady_reader_gets_all(gunicorn):
+    server = gunicorn(CRANE_CLIENT_TIMEOUT="400ms", CRANE_MIN_RATE="1KB")
+    with connect(server, echo(8_000_000)) as client:
+        client.recv(1)
+        threading.Event().wait(0.3)  # most of what it may pause
+        answer = b""
+        while b'"metadata"' not in answer[-2000:] or not answer.endswith(b"}"):
+            answer += (chunk := client.recv(65536))
+            assert chunk
+        assert len(answer) > 8_000_000
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert status_of(client) == 200  # on the same connection
+
+
+def test_unread_responses_take_so_much_memory_and_no_more(gunicorn):
+    server = gunicorn(CRANE_MAX_UNSENT="30MB")
+    with clients(server, 6, echo(16_000_000)) as held:
+        wait_for(lambda: dropped(server, "crowded") >= 4)
+        assert server.run()[0] == 200
+        whole = [sum(map(len, iter(lambda c=c: c.recv(2**20), b""))) for c in held[:1]]
+        assert max(whole) < 16_000_000  # the first to come is the first to go
+
+
+def test_an_address_has_so_many_connections_and_its_oldest_idle_one_makes_room(gunicorn):
+    server = gunicorn(CRANE_MAX_CONNECTIONS=3)
+    with clients(server, 3) as idle:
+        assert server.run()[0] == 200
+        assert idle[0].recv(1) == b""
+        assert dropped(server, "crowded") >= 1
+
+
+def test_connections_at_work_make_no_room(gunicorn):
+    server = gunicorn(CRANE_MAX_CONNECTIONS=2)
+    body = b'{"model_id": "echo", "input": 1, "options": {"delay_ms": 1500}}'
+    call = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with clients(server, 2, call) as working:
+        with connect(server) as third:
+            assert status_of(third) == 503
+        assert [status_of(one) for one in working] == [200, 200]
+
+
+def test_behind_trusted_proxies_no_address_has_a_limit(gunicorn):
+    server = gunicorn(CRANE_MAX_CONNECTIONS=2, CRANE_TRUSTED_PROXIES=1)
+    with clients(server, 20) as idle:
+        assert server.get("/livez")[0] == 200
+        assert select.select(idle, [], [], 0)[0] == []
+
+
+def test_a_worker_that_may_open_no_more_files_goes_on(gunicorn):
+    server = gunicorn(CRANE_MAX_CONNECTIONS=100_000)
+    server.run()
+    [worker] = server.http_workers()
+    few = worker.num_fds() + 20
+    worker.rlimit(resource.RLIMIT_NOFILE, (few, few))
+    with clients(server, 100):
+        assert server.get("/livez")[0] == 200
+        assert server.run()[0] == 200
+    assert server.http_workers() == [worker]
+
+
+@pytest.mark.parametrize(
+    ("path", "invited"), [("/crane/run", True), ("/nope", False), ("/crane/models", False)]
+)
+def test_a_body_is_invited_only_once_it_will_be_read(gunicorn, path, invited):
+    server = gunicorn()
+    body = b'{"model_id": "echo", "input": 1}'
+    head = HEAD.replace(b"/crane/run", path.encode()) + b"Expect: 100-continue\r\n"
+    with connect(server, head + b"Content-Length: %d\r\n\r\n" % len(body)) as client:
+        first = client.recv(65536)
+        assert first.startswith(b"HTTP/1.1 100 Continue\r\n\r\n") is invited
+        if invited:
+            client.sendall(body)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        else:
+            assert b"\r\nConnection: close\r\n" in first
+
+
+def test_a_call_has_its_permit_before_its_body_is_read(gunicorn):
+    server = gunicorn(CRANE_THREADS=1)
+    with connect(server, LARGE_BODY) as first:
+        wait_for(lambda: server.run()[0] == 503)
+        with connect(server, LARGE_BODY) as second:
+            assert b" 503 " in second.recv(65536)
+        first.shutdown(socket.SHUT_WR)
+        assert status_of(first) == 400
+    assert server.run()[0] == 200
+
+
+def test_what_a_refused_client_still_sends_is_read_so_far_that_it_gets_its_answer(gunicorn):
+    server = gunicorn(CRANE_MAX_BODY="1KB")
+    with connect(server, HEAD + b"Content-Length: 500000\r\n\r\n" + b"x" * 500_000) as client:
+        assert status_of(client) == 413
