@@ -209,6 +209,7 @@ class Config:
     request_timeout_s: float = _setting("REQUEST_TIMEOUT", duration, 120.0)
     load_wait_s: float = _setting("LOAD_WAIT", duration, 60.0)
     load_timeout_s: float = _setting("LOAD_TIMEOUT", duration, 3600.0)
+    hang_timeout_s: float = _setting("HANG_TIMEOUT", duration, 60.0)
     idle_timeout_s: float = _setting("IDLE_TIMEOUT", forever_or(duration), 900.0)
     memory_budget: int | None = _setting("MEMORY_BUDGET", size, None)
     queue_size: int = _setting("QUEUE_SIZE", whole(1, 100_000), 1024)

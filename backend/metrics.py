@@ -43,6 +43,11 @@ CONNECTIONS_DROPPED = Counter(
     "Connections closed on their clients: head, body or unsent (too slow), or crowded (too many).",
     ["reason"],
 )
+DEFUNCT = Counter(
+    "crane_defunct",
+    "Models for which an engine had to be replaced, by cause: hangs or device.",
+    ["model", "cause"],
+)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 

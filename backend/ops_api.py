@@ -35,8 +35,11 @@ def readyz() -> tuple[dict[str, Any], int]:
         reasons.append(error.message)
     else:
         models = status["models"]
-        defunct = [model_id for model_id, model in models.items() if model["state"] == "defunct"]
-        reasons += [f"{model_id} stopped working." for model_id in defunct]
+        reasons += [
+            f"{model_id} stopped working. {model['error']}"
+            for model_id, model in models.items()
+            if model["state"] == "defunct"
+        ]
         reasons += [
             f"{spec.id} is pinned and not loaded yet."
             for spec in crane().registry

@@ -30,10 +30,12 @@ class Engine:
         self,
         config: Config,
         registry: Registry,
-        on_defunct: Callable[[], None] = lambda: None,
+        on_defunct: Callable[[bool], None] = lambda at_once: None,
         index: int = 0,
     ) -> None:
         """``on_defunct`` is called when a model broke in a way that only a new process mends.
+
+        It is told whether that is to be at once, as its device serves no other model either.
 
         ``index`` says which of ``CRANE_DEVICES`` it has.
         """

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from backend.adapters import footprint
 from backend.adapters.base import Adapter
 from backend.config import Config
-from backend.engine.calls import Job, ModelStatus, State
+from backend.engine.calls import Job, ModelStatus
 from backend.engine.devices import Devices
 from backend.engine.residency import Residency
+from backend.engine.watchdog import Watchdog
 from backend.engine.worker import Worker
 from backend.errors import ModelUnavailable
 from backend.registry import ModelSpec
@@ -25,7 +26,7 @@ class WorkerPool:
         adapters: dict[str, type[Adapter]],
         config: Config,
         devices: Devices,
-        on_defunct: Callable[[], None],
+        on_defunct: Callable[[bool], None],
     ) -> None:
         self._adapters = dict(adapters)
         self._config = config
@@ -33,6 +34,7 @@ class WorkerPool:
         self._devices = devices
         self._residency = Residency(self._budget, self._free)
         self._workers: dict[str, Worker] = {}
+        self._watchdog = Watchdog(lambda: list(self._workers.values()), config.hang_timeout_s)
         self._closed = False
         self._lock = threading.Lock()  # so that one model never gets two workers
 
@@ -57,7 +59,8 @@ class WorkerPool:
                 raise ModelUnavailable("The service is shutting down.", retry_after_s=5)
             key = self._adapters[spec.type].weights_key(spec)
             worker = self._workers.get(key)
-            if worker is None or worker.state is State.DEFUNCT:
+            if worker is None or worker.is_over:
+                self._watchdog.start()
                 worker = self._workers[key] = Worker(
                     spec,
                     self._adapter,
@@ -67,6 +70,7 @@ class WorkerPool:
                     threads=self._config.engine_threads,
                     idle_timeout_s=self._config.idle_timeout_s,
                     load_timeout_s=self._config.load_timeout_s,
+                    hang_timeout_s=self._config.hang_timeout_s,
                     on_defunct=self._on_defunct,
                 )
             worker.add(spec)
@@ -86,6 +90,7 @@ class WorkerPool:
         with self._lock:
             self._closed = True
             workers = list(self._workers.values())
+        self._watchdog.end()
         for worker in workers:
             worker.close()
         deadline = time.monotonic() + timeout_s

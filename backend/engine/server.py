@@ -9,6 +9,7 @@ for the HTTP workers, which drain first.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import selectors
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Any
@@ -26,12 +28,14 @@ from backend.engine import wire
 from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.channel import Channel
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
-from backend.errors import CraneError, InternalError
+from backend.errors import CraneError, InternalError, ModelUnavailable
 from backend.registry import Registry
 
 logger = logging.getLogger("crane.engine")
 
 BROKEN = 70  # the exit status; EX_SOFTWARE of sysexits.h
+# For the calls of other models, when one hangs; their callers may try again on the next engine.
+DRAIN_S, DRAIN_LOOK_S = 5.0, 0.1
 
 
 class Server:
@@ -58,6 +62,7 @@ class Server:
         self._woken_up = False
         self._jobs: dict[Channel, Job | None] = {}
         self._stopping = self._broken = False
+        self._ends_at = math.inf
 
     def serve(self) -> int:
         """Answer until ``close``, or until a model broke that only a new process can mend.
@@ -69,7 +74,7 @@ class Server:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
         while not self._stopping:
-            for key, events in self._selector.select():
+            for key, events in self._selector.select(DRAIN_LOOK_S if self._broken else None):
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj is self._woken:
@@ -78,6 +83,7 @@ class Server:
                     self._send_answers()
                 elif isinstance(key.fileobj, Channel):
                     self._serve(key.fileobj, events)
+            self._drain()
         return BROKEN if self._broken else 0
 
     def close(self) -> None:
@@ -86,10 +92,22 @@ class Server:
         self._stopping = True
         self._wake_up()
 
-    def _break(self) -> None:
-        # Whoever has an answer by now gets it; the others are told by their connections' end.
-        self._broken = self._stopping = True
+    def _break(self, at_once: bool) -> None:
+        """End ``serve``, so that another engine takes over.
+
+        Whoever has an answer by then gets it; the others are told by their connections' end.
+        Unless ``at_once``, the calls that other models have get some time, and new ones none.
+        """
+        self._broken = True
+        self._stopping |= at_once
+        self._ends_at = min(self._ends_at, time.monotonic() + DRAIN_S)
         self._wake_up()
+
+    def _drain(self) -> None:
+        """Once a model broke: stop where no call is left, or its time is up."""
+        idle = not any(self._jobs.values()) and not self._outbox
+        if self._broken and (idle or time.monotonic() >= self._ends_at):
+            self._stopping = True
 
     def _wake_up(self) -> None:
         if self._woken_up:  # and that was not read yet: whatever is there by then will be seen
@@ -134,6 +152,8 @@ class Server:
             self._wake_up()
 
         try:
+            if self._broken:
+                raise ModelUnavailable("The engine is being replaced.", retry_after_s=DRAIN_S)
             self._jobs[caller] = self._engine.submit(call, tell)
         except CraneError as error:
             self._send(caller, wire.pack_answer(call.request_id, error))

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from enum import Enum, auto
 from typing import Any
 
+from backend import metrics
 from backend.adapters import footprint
 from backend.adapters.base import Adapter, Prediction, too_late
 from backend.adapters.hub import release_memory
@@ -26,6 +27,7 @@ from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memo
 from backend.engine.feed import Feed
 from backend.engine.residency import Residency
 from backend.engine.runner import Runner, of_like_size, waited_for
+from backend.engine.watchdog import Watch, stack_of
 from backend.errors import (
     CraneError,
     ModelUnavailable,
@@ -79,8 +81,10 @@ class Worker:
         threads: tuple[int, int],
         idle_timeout_s: float,
         load_timeout_s: float,
-        on_defunct: Callable[[], None],
+        hang_timeout_s: float,
+        on_defunct: Callable[[bool], None],
     ) -> None:
+        """``on_defunct`` is told that only a new process helps, and whether at once."""
         self.model_id = spec.id
         self.state = State.UNLOADED
         self.pinned = spec.pinned
@@ -101,7 +105,7 @@ class Worker:
         self._on_defunct = on_defunct
         self._stay_s = self._own_stay_s(spec)
         self._queue = BatchQueue()
-        self._running: list[Item] = []
+        self._running: list[Item] = []  # which is replaced, never changed
         self._parked: list[Item] = []  # until something is ready for them elsewhere
         # One lock, so that nothing is queued after the last look for work.
         self._changed = threading.Condition()
@@ -109,7 +113,8 @@ class Worker:
         self._closing = False
         self._wanted = False  # though nobody has called it
         self._leaving = Leaving.NO
-        self._watch = LoadWatch({})
+        self._load_watch = LoadWatch({})
+        self._watch = Watch(spec.id, hang_timeout_s, lambda: self._running)
         self._load_s: float | None = None
         self._size: tuple[str, int] | None = None  # its device and bytes, once it was loaded
         self._failures = 0
@@ -214,7 +219,7 @@ class Worker:
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
-            progress=self._watch.progress,
+            progress=self._load_watch.progress,
             queue=queued,
             running={"inputs": len(running), **self._runner.progress} if mine else None,
             device=self._devices.shown(self._adapter.device) if loaded else None,
@@ -276,23 +281,34 @@ class Worker:
                 broken = is_broken_device(another)
         self._residency.give_back(self)
         if broken:
-            self._end("The model's device failed, and its engine is being replaced.")
+            metrics.DEFUNCT.labels(self.model_id, "device").inc()
+            self._refuse_all(
+                State.DEFUNCT, "The model's device failed, and its engine is being replaced."
+            )
+            self._on_defunct(True)
             return False
         self._refuse_for_a_while(f"{self.model_id} stopped working. The log has the reason.")
         return True
 
-    def _end(self, why: str) -> None:
-        """Be over with; whoever comes next needs another worker, or another process."""
-        self._refuse_all(State.DEFUNCT, why)
-        self._on_defunct()
-
-    def _give_up_load(self) -> None:
-        """A load hangs, and its thread with it: no one can end that but the process."""
-        with self._changed:
-            if self.state is not State.LOADING:
+    def check(self) -> None:
+        """Give the model up if its thread is overdue: only the end of the process can end that."""
+        thread = self._thread
+        if thread is None or self.state is State.DEFUNCT:
+            return
+        with self._changed:  # so that the thread does not come back meanwhile
+            if (why := self._watch.overdue(thread)) is None:
                 return
-        logger.error("%s did not load in %.0f s", self.model_id, self._load_timeout_s)
-        self._end(f"{self.model_id} did not load in {self._load_timeout_s:g} s.")
+            refuse = self._close_with(State.DEFUNCT, why)
+        logger.error("%s Its thread is here:\n%s", why, stack_of(thread))
+        metrics.DEFUNCT.labels(self.model_id, "hangs").inc()
+        refuse()
+        self._on_defunct(False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is defunct for good: its thread does not come back."""
+        thread = self._thread
+        return self.state is State.DEFUNCT and not (thread and thread.is_alive())
 
     def _has_work(self) -> bool:
         """Whether to load; else the thread is over, and the next call starts another."""
@@ -331,17 +347,19 @@ class Worker:
             self.state = State.LOADING
             with _LOADING if adapter.loads_alone else nullcontext():
                 started = time.monotonic()
-                with LoadWatch(adapter.weight_files) as self._watch:
+                with LoadWatch(adapter.weight_files) as self._load_watch:
                     self._load_in_time(adapter)
             if self.state is State.DEFUNCT:  # it was given up, and did load after all
                 self._let_go([adapter])
                 self._residency.give_back(self)
+                self._come_back()
                 return False
             self._size = device, adapter.footprint()
             self._residency.settle(self, self._size[1])
         except BaseException as error:
             if self.state is State.DEFUNCT:  # it was given up before
                 self._residency.give_back(self)
+                self._come_back()
                 return False
             if is_broken_device(error):
                 raise DeviceBroken from error
@@ -384,25 +402,22 @@ class Worker:
 
     def _load_in_time(self, adapter: Adapter) -> None:
         """Load; where the device has too little memory, once more after all idle models left."""
-        alarm = threading.Timer(self._load_timeout_s, self._give_up_load)
-        alarm.daemon = True
-        alarm.start()
         try:
-            try:
-                return adapter.load()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                logger.warning("%s ran out of memory as it loaded", self.model_id)
-            # The error is gone by now, and what its frames held.
-            self._make_room()
-            adapter.load()
+            with self._watch.limit("load", self._load_timeout_s):
+                try:
+                    return adapter.load()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    logger.warning("%s ran out of memory as it loaded", self.model_id)
+                # The error is gone by now, and what its frames held.
+                self._make_room()
+                adapter.load()
         except Exception as error:
             if is_out_of_memory(error):
                 raise self._out_of_memory() from None
             raise
         finally:
-            alarm.cancel()
             turns.end_team()
 
     def _make_room(self) -> None:
@@ -419,11 +434,19 @@ class Worker:
         )
 
     def _unload(self) -> None:
-        # What comes from now on waits for the next load.
-        self.state = State.UNLOADED
-        self._let_go(self._runner.loaded())
+        with self._changed:
+            if self.state is not State.DEFUNCT:
+                self.state = State.UNLOADED  # what comes from now on waits for the next load
+        with self._watch.limit("unload", self._load_timeout_s):
+            self._let_go(self._runner.loaded())
         self._residency.give_back(self)
         logger.info("%s unloaded", self.model_id)
+        self._come_back()
+
+    def _come_back(self) -> None:
+        """Where the model was given up, and its thread has come back after all, begin anew."""
+        if self.state is State.DEFUNCT:
+            self._refuse_for_a_while(self._error or "")
 
     def _let_go(self, adapters: list[Adapter]) -> None:
         """Give back the memory of adapters that have loaded."""
@@ -451,11 +474,22 @@ class Worker:
     def _refuse_all(self, state: State, why: str, error: CraneError | None = None) -> None:
         """Refuse everyone who waits, as everyone who comes while it is so."""
         with self._changed:
-            self.state, self._error = state, why
-            left = [*self._running, *self._parked, *self._queue.clear()]
-            self._running, self._parked = [], []
-        for item in left:
-            item.job.fail(error or self._refusal())
+            refuse = self._close_with(state, why, error)
+        refuse()
+
+    def _close_with(
+        self, state: State, why: str, error: CraneError | None = None
+    ) -> Callable[[], None]:
+        """Take no calls; returns what refuses those that wait. The caller holds the lock."""
+        self.state, self._error = state, why
+        left = [*self._running, *self._parked, *self._queue.clear()]
+        self._running, self._parked = [], []
+
+        def refuse() -> None:
+            for item in left:
+                item.job.fail(error or self._refusal())
+
+        return refuse
 
     def _refusal(self) -> ModelUnavailable:
         left_s = max(1.0, self._retry_at - time.monotonic())
@@ -474,7 +508,7 @@ class Worker:
             rests = False
             while True:
                 self._drop_cancelled()
-                if self._leaving is Leaving.NOW:
+                if self._leaving is Leaving.NOW or self.state is State.DEFUNCT:
                     return False
                 if self._queue:
                     if self._leaving is Leaving.IF_IDLE:

@@ -1,0 +1,148 @@
+"""Models that hang: they are given up from outside, and others are not."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import pytest
+
+from backend.adapters.echo import Echo
+from backend.engine import turns, watchdog
+from backend.engine.calls import Answer, Call
+from backend.errors import ModelUnavailable
+from tests.conftest import ECHO, run
+from tests.serving import wait_for
+from tests.test_residency import state
+
+TIMES = {"request_timeout_s": 0.2, "hang_timeout_s": 0.2, "load_timeout_s": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr("backend.engine.worker.FIRST_RETRY_S", 0.05)
+
+
+@pytest.fixture
+def hanging(make_app, add_task):
+    """A client, and the gate at which the model waits in what ``hanging(name)`` names."""
+    gates = []
+
+    def make(name, **settings):
+        gate = threading.Event()
+        gates.append(gate)
+
+        class Hangs(Echo):
+            def stay(self, where):
+                if where == name:
+                    assert gate.wait(30)
+
+            def load(self):
+                self.stay("load")
+                super().load()
+
+            def unload(self):
+                self.stay("unload")
+
+            def predict(self, batch):
+                self.stay("predict")
+                return super().predict(batch)
+
+        app = make_app([add_task("hangs", Hangs), ECHO], **{**TIMES, **settings})
+        return app.test_client(), gate
+
+    yield make
+    for gate in gates:
+        gate.set()
+
+
+def submit(client, timeout_s):
+    """A call whose caller has another deadline than the service's; what it is told, later."""
+    told = SimpleQueue()
+    engine = client.application.extensions["crane"].engine._engine
+    about = {"options": {"delay_ms": 0}, "seeds": None, "timeout_s": timeout_s}
+    engine.submit(Call(request_id="1", model_id="hangs", inputs=["hi"], **about), told.put)
+    return told
+
+
+@pytest.mark.parametrize("where", ["load", "predict", "unload"])
+def test_a_model_that_hangs_is_given_up_and_comes_back_with_its_thread(hanging, where):
+    client, gate = hanging(where)
+    if where == "unload":
+        assert run(client, "hangs").status_code == 200
+        client.application.extensions["crane"].engine.control("unload", "hangs")
+    else:
+        assert run(client, "hangs").status_code in (503, 504)
+    if where == "predict":
+        queued = submit(client, timeout_s=60)
+        assert isinstance(queued.get(timeout=20), ModelUnavailable)
+    wait_for(lambda: state(client, "hangs") == "defunct")
+    ready = client.get("/readyz")
+    assert ready.status_code == 503
+    [reason] = ready.json["reasons"]
+    assert reason.startswith("hangs stopped working. hangs ")
+    for _ in range(2):
+        answer = run(client, "hangs")
+        assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+    assert run(client).status_code == 200
+    gate.set()
+    wait_for(lambda: run(client, "hangs").status_code == 200)
+    assert client.get("/readyz").status_code == 200
+
+
+def test_a_model_whose_callers_wait_is_not_given_up(hanging):
+    client, gate = hanging("predict")
+    told = submit(client, timeout_s=60)
+    wait_for(lambda: client.get("/crane/models/hangs").json["running"])
+    looked = looks(client, 8)
+    assert state(client, "hangs") == "ready", looked
+    gate.set()
+    assert isinstance(told.get(timeout=20), Answer)
+
+
+def test_a_model_that_waits_for_its_turn_is_not_given_up(make_app, add_task):
+    class Computes(Echo):
+        def predict(self, batch):
+            with turns.hold():
+                return super().predict(batch)
+
+    client = make_app([add_task("hangs", Computes)], **TIMES).test_client()
+    assert run(client, "hangs").status_code == 200
+    with ThreadPoolExecutor(1) as threads, turns.hold():
+        late = threads.submit(run, client, "hangs")
+        assert late.result().status_code == 504
+        looks(client, 8)
+        assert state(client, "hangs") == "ready"
+    wait_for(lambda: run(client, "hangs").status_code == 200)
+
+
+def looks(client, count):
+    """Wait until the watchdog has looked so often; it gives up what is overdue after five."""
+    seen = []
+    pool = client.application.extensions["crane"].engine._engine._pool
+    [worker] = [one for one in pool._workers.values() if one.model_id == "hangs"]
+    check = worker.check
+    worker.check = lambda: (check(), seen.append(1))
+    wait_for(lambda: len(seen) >= count)
+    worker.check = check
+    return seen
+
+
+def test_a_fault_of_a_look_keeps_no_other_model_from_being_looked_at():
+    seen = threading.Event()
+
+    class Model:
+        def __init__(self, check):
+            self.check = check
+
+    def fault():
+        raise RuntimeError("a fault")
+
+    dog = watchdog.Watchdog(lambda: [Model(fault), Model(seen.set)], grace_s=0.01)
+    dog.start()
+    dog.start()
+    assert seen.wait(10)
+    seen.clear()
+    assert seen.wait(10)
+    dog.end()
