@@ -13,7 +13,8 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from backend.bounds import check_body
 from backend.errors import InvalidRequest, NotAcceptable, PayloadTooLarge, UnsupportedMediaType
-from backend.media.parts import Media, Upload
+from backend.media import Media
+from backend.media.parts import Upload
 from backend.registry import ModelSpec
 from backend.sse import EVENT_STREAM
 from backend.tasks import TASKS

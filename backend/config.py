@@ -14,6 +14,7 @@ from typing import Any
 
 from backend.cores import allowed
 from backend.errors import did_you_mean
+from backend.media import MAX_KEPT_RATE
 from backend.media.fetch import media_hosts
 from backend.quota.tiers import DEFAULT_TIERS, Tier, tiers
 
@@ -25,6 +26,7 @@ _DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 PEPPER_LENGTH = 16  # characters, at least
 MAX_ENGINES = 64
+CALLS_OF_MAX_PIXELS = 8  # how many of the largest calls an HTTP worker holds at once
 MAX_DURATION_S = 24 * 3600.0  # no call waits a day, and a poll's milliseconds have 31 bits
 
 
@@ -290,6 +292,24 @@ class Config:
             except ValueError as error:
                 faults += str(error).split("\n")
         raise ValueError("Crane's settings are wrong:\n" + "\n".join(f"  {f}" for f in faults))
+
+    @property
+    def max_media_bytes(self) -> int:
+        """Decoded media that an HTTP worker holds: a call may have as much by itself.
+
+        A pixel has 3 bytes, a sample 4.
+        """
+        pixels = CALLS_OF_MAX_PIXELS * 3 * self.max_pixels
+        return max(pixels, int(4 * MAX_KEPT_RATE * self.max_audio_s))
+
+    @property
+    def max_message(self) -> int:
+        """Bytes of one message between an HTTP worker and an engine, either way.
+
+        It is above what any call has that the other settings allow: of a body's bytes msgpack
+        makes at most three times as many, for ``1e1,`` takes nine.
+        """
+        return self.max_media_bytes + 4 * self.max_body + 2**26
 
     @property
     def engine_file(self) -> Path:

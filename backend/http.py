@@ -26,7 +26,7 @@ from backend.errors import (
     RouteNotFound,
     error_body,
 )
-from backend.media.parts import Media
+from backend.media import Media
 from backend.models import Crane
 from backend.openai.errors import error_of
 

@@ -75,7 +75,7 @@ def run_model(
     asked = Asked(crane, model_id, input_, options, request_id, caller)
     if one_output:
         asked.check_one_output()
-    with crane.media.reading() as reading:
+    with crane.media.reading(caller, caller_socket) as reading:
         answer = crane.engine.run(asked.call(reading), caller_socket)
     return asked.finish(answer)
 
@@ -97,7 +97,7 @@ def stream_model(
     """
     asked = Asked(crane, model_id, input_, options, request_id, caller)
     with (
-        crane.media.reading() as reading,
+        crane.media.reading(caller, caller_socket) as reading,
         closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
     ):
         for told in stream:
@@ -155,7 +155,7 @@ class Asked:
             # A seed is an input's own: calls that differ in nothing else share a batch.
             options={name: value for name, value in self._options.items() if name != "seed"},
             seeds=self._seeds,
-            timeout_s=max(0.0, self._config.request_timeout_s - reading.fetching_s),
+            timeout_s=reading.left_s(),
             keep_alive_s=self._keep_alive_s,
             stream=stream,
             caller=self._caller,
@@ -177,11 +177,10 @@ class Asked:
         self._options |= common(answer.applied)
         metadata = self._about(answer.revision, answer.device, answer.dtype)
         metadata |= facts(answer, batched=self._batched)
-        outputs = [self._task.dump(output, self._options) for output in answer.outputs]
         total_ms = (time.perf_counter() - self._started) * 1e3
         metadata["timings_ms"] = rounded({**answer.timings_ms, "total": total_ms})
         metadata["batch_size"] = answer.batch_size
-        return outputs if self._batched else outputs[0], metadata
+        return answer.outputs if self._batched else answer.outputs[0], metadata
 
     def _about(self, revision: str | None, device: str, dtype: str) -> dict[str, Any]:
         """What a receipt says before the output is known."""

@@ -13,7 +13,7 @@ from backend.answers import answered, streamed
 from backend.bodies import bare, form_lists, json_body
 from backend.errors import CraneError
 from backend.http import crane
-from backend.media.parts import Media
+from backend.media import Media
 from backend.openai import ROUTES, Order, Page
 from backend.openai.base import Named, order
 from backend.openai.streaming import write_error

@@ -214,8 +214,8 @@ def test_tags_may_be_in_any_coding(listener):
 
 def test_a_sound_of_which_nothing_is_left_at_the_models_rate_is_refused(listener):
     client = listener()
-    data = wav(SAMPLES[:3], 192_000)
-    assert len(hear(client, data, None)[0]) == 3
+    data = wav(SAMPLES[:1], 48_000)
+    assert len(hear(client, data, None)[0]) == 1
     answer = run(client, "hear-16000", base64_of(data))
     assert answer.status_code == 400
     assert answer.json["error"]["details"] == {"input": "has no samples"}

@@ -415,7 +415,9 @@ def test_a_load_that_hangs_is_given_up(make_app, add_task, events, late):
             super().load()
 
     Hangs.events = events
-    client = make_app([add_task("hangs", Hangs)], load_timeout_s=0.3, hang_timeout_s=0.4).test_client()
+    client = make_app(
+        [add_task("hangs", Hangs)], load_timeout_s=0.3, hang_timeout_s=0.4
+    ).test_client()
     started = time.monotonic()
     answer = run(client, "hangs")
     assert 0.2 < time.monotonic() - started < 5

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from backend.channel import Channel
 from backend.config import Config
-from backend.engine.channel import Channel
 from backend.engine.remote import RemoteEngine, Ticket
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, write_models
@@ -234,7 +234,7 @@ def test_a_wait_that_has_no_time_left_ends(tmp_path):
     engine = RemoteEngine(Config(data_dir=tmp_path, engine_socket=tmp_path / "engine.sock"))
     here, there = socket.socketpair()
     with here, there:
-        assert engine._wait(Ticket(Channel(here), "call"), -1.0, None) is None
+        assert engine._wait(Ticket(Channel(here, max_bytes=1000), "call"), -1.0, None) is None
 
 
 def test_what_a_deadline_stops_is_counted_too(gunicorn):

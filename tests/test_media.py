@@ -299,7 +299,7 @@ def test_every_fault_of_a_call_is_named(editor):
 
 
 def test_what_a_process_holds_is_bounded_and_given_back():
-    reader = MediaReader(Config(max_pixels=4096))
+    reader = MediaReader(Config(max_pixels=4096, max_audio_s=0.1))
     source = Source(base64_of(PNG), ImageField())
     for _ in range(3):
         with ExitStack() as held:

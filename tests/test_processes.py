@@ -281,9 +281,10 @@ def test_who_sends_half_a_message_or_reads_no_answer_holds_up_nobody(gunicorn):
     with socket.socket(socket.AF_UNIX) as half, socket.socket(socket.AF_UNIX) as deaf:
         for end in (half, deaf):
             end.connect(path)
-        half.sendall(b"\0\0\1\0half")
-        message = wire.pack(call.to_wire())
-        deaf.sendall(len(message).to_bytes(4) + message)
+        half.sendall(bytes((1, 0, 0, 0, 1, *bytes(6), 1, 0)) + b"half")
+        deaf.settimeout(20)
+        [message] = wire.pack(call.to_wire())
+        deaf.sendall(bytes((1, 0, 0, 0, 1)) + len(message).to_bytes(8) + message)
         time.sleep(0.3)  # for its answer to be there, of which the socket takes a part
         for _ in range(20):
             started = time.monotonic()

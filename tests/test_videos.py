@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from backend.adapters import film_shapes
-from backend.media.parts import Media
+from backend.media import Media
 from backend.tasks import TASKS
 from tests import video_checkpoints
 from tests.checkpoints import built_when_asked, sentence

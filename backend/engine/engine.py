@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from backend.config import Config
 from backend.engine import libraries
 from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.devices import Devices
+from backend.engine.encoder import Encoder
 from backend.engine.placement import homes
 from backend.engine.pool import WorkerPool
 from backend.errors import CraneError
@@ -46,6 +48,7 @@ class Engine:
         os.environ["OMP_NUM_THREADS"] = str(self._threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
         self._registry = registry
+        self._encoder = Encoder()
         self._pool = WorkerPool(ADAPTERS, config, self._devices, on_defunct)
 
     def load_pinned(self) -> None:
@@ -81,12 +84,15 @@ class Engine:
     def submit(self, call: Call, tell: Callable[[Event | Answer | CraneError], None]) -> Job:
         """Queue a call; ``tell`` gets its answer or error, once, in whichever thread has it.
 
+        An answer's outputs are what ``Task.dump`` makes of the model's.
+
         Where the call streams, it gets its events before. Raises ``ModelNotFound``,
         ``ModelUnavailable`` or ``Overloaded`` where it is not queued.
         ``Job.cancel`` says that nobody waits for it any more.
         """
-        job = Job(call, tell)
-        self._pool.submit(self._registry.get(call.model_id), job)
+        spec = self._registry.get(call.model_id)
+        job = self._encoder.job(call, spec.type, tell)
+        self._pool.submit(spec, job)
         return job
 
     def status(self) -> dict[str, Any]:
@@ -102,8 +108,10 @@ class Engine:
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Finish what is queued, unload every model; give up on what takes longer."""
+        deadline = time.monotonic() + timeout_s
         if late := self._pool.close(timeout_s):
             logger.warning("did not unload in %.0f s: %s", timeout_s, ", ".join(late))
+        self._encoder.close(max(0.0, deadline - time.monotonic()))
 
 
 def _import_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import select
 import socket
@@ -11,15 +12,18 @@ from collections import deque
 from contextlib import closing
 from typing import Any
 
+from backend.channel import Channel, MessageTooLarge
 from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Event
-from backend.engine.channel import Channel
 from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, Stream, caller_gone
 from backend.engine.placement import Placement
 from backend.engine.status import together
-from backend.errors import CraneError, ModelUnavailable
+from backend.errors import CraneError, ModelUnavailable, PayloadTooLarge
+from backend.messages import BadMessage, Part
 from backend.registry import Registry
+
+logger = logging.getLogger("crane.engine")
 
 ENGINE_START_S = (
     5.0  # a restarted engine listens after about half a second; loaded hosts are slower
@@ -39,7 +43,8 @@ class Ticket:
         self.told: deque[Any] = deque()  # ``Event``, ``Answer`` or ``CraneError``
         self._call_id = call_id
 
-    def take(self, messages: list[bytes]) -> None:
+    def take(self, messages: list[list[Part]]) -> None:
+        """Raises ``BadMessage``."""
         for message in messages:
             told: Any = wire.unpack_answer(self._call_id, message)
             last: Any = self.told[-1] if self.told else None
@@ -63,19 +68,27 @@ class RemoteEngine(SingleEngine):
         self.index = index
         self.name = config.devices[index]
         self._path = config.engine_sockets[index]
+        self._max_message = config.max_message
         self._start_s = start_s
         self._local = threading.local()
 
     def look(self) -> dict[str, Any]:
-        shown: dict[str, Any] = wire.unpack(self._ask(None))
-        return shown
+        message = self._ask(None)
+        try:
+            return wire.unpack_status(message)
+        except BadMessage as error:
+            raise _not_understood(error) from None
 
     def control(self, order: str, model_id: str) -> None:
-        answer = wire.unpack_answer(model_id, self._ask([order, model_id]))
+        message = self._ask([order, model_id])
+        try:
+            answer = wire.unpack_answer(model_id, message)
+        except BadMessage as error:
+            raise _not_understood(error) from None
         if isinstance(answer, CraneError):
             raise answer
 
-    def _ask(self, message: list[str] | None) -> bytes:
+    def _ask(self, message: list[str] | None) -> list[Part]:
         """What the engine says at once, whatever its models do.
 
         On a connection of its own, for this thread's may have a call on it.
@@ -95,19 +108,22 @@ class RemoteEngine(SingleEngine):
         """Nothing to do: the engine is its supervisor's to end."""
 
     def _submit(self, call: Call) -> Ticket:
-        """Send on this thread's connection, or on a new one where its engine has ended."""
+        """Send on this thread's connection, or on a new one where its engine has ended.
+
+        Raises ``PayloadTooLarge`` and ``ModelUnavailable``.
+        """
         data = wire.pack(call.to_wire())
         channel: Channel | None = getattr(self._local, "channel", None)
         if channel is not None:
             try:
-                channel.send(data)
+                _send_call(channel, data)
             except OSError:  # nobody has read any of it, so it may be sent again
                 self._hang_up(channel)
             else:
                 return Ticket(channel, call.request_id)
         channel = self._local.channel = self._reach()
         try:
-            channel.send(data)
+            _send_call(channel, data)
         except OSError:
             self._hang_up(channel)
             raise _engine_gone() from None
@@ -118,7 +134,10 @@ class RemoteEngine(SingleEngine):
     ) -> Event | Answer | CraneError | None:
         if not ticket.told:
             deadline = time.monotonic() + timeout_s
-            ticket.take(self._receive(ticket.channel, deadline, caller_socket))
+            try:
+                ticket.take(self._receive(ticket.channel, deadline, caller_socket))
+            except BadMessage as error:
+                raise _not_understood(error) from None
         return ticket.told.popleft() if ticket.told else None
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -129,7 +148,7 @@ class RemoteEngine(SingleEngine):
         channel: Channel,
         deadline: float,
         caller_socket: socket.socket | None = None,
-    ) -> list[bytes]:
+    ) -> list[list[Part]]:
         """The messages that come next, with what is left to be sent sent before.
 
         None of them at the deadline.
@@ -151,6 +170,8 @@ class RemoteEngine(SingleEngine):
                     return messages
         except (EOFError, OSError):
             raise _engine_gone() from None
+        except BadMessage as error:
+            raise _not_understood(error) from None
 
     def _hang_up(self, channel: Channel) -> None:
         channel.close()
@@ -169,7 +190,7 @@ class RemoteEngine(SingleEngine):
                 if time.monotonic() > deadline:
                     raise EngineAway("The engine is not running.", retry_after_s=5) from None
             else:
-                return Channel(end)
+                return Channel(end, max_bytes=self._max_message)
             time.sleep(0.02)
 
 
@@ -234,6 +255,25 @@ def _go_together(first: Any, second: Any) -> bool:
     if not first.kind == second.kind == "delta":
         return False
     return {**first.data, "text": ""} == {**second.data, "text": ""}
+
+
+def _send_call(channel: Channel, message: list[Part]) -> None:
+    try:
+        channel.send(message)
+    except MessageTooLarge as error:
+        raise PayloadTooLarge(
+            f"The call is too large for its model's engine: {error}. Send fewer inputs in one call."
+        ) from None
+
+
+def _not_understood(error: BadMessage) -> ModelUnavailable:
+    """For a message that is not one of ours: its connection is closed, and there is a new one."""
+    logger.error("a message of the engine is not understood: %s", error)
+    return ModelUnavailable(
+        "The engine's answer could not be read. Try again; if it stays so, all of the service "
+        "must be started again, for its parts are of different versions.",
+        retry_after_s=1,
+    )
 
 
 def _engine_gone() -> ModelUnavailable:

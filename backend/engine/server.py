@@ -20,15 +20,15 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from typing import Any
 
 from backend import logs
+from backend.channel import Channel, MessageTooLarge
 from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Event, Job
-from backend.engine.channel import Channel
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
-from backend.errors import CraneError, InternalError, ModelUnavailable
+from backend.errors import CraneError, InternalError, ModelUnavailable, PayloadTooLarge
+from backend.messages import BadMessage, Part
 from backend.registry import Registry
 
 logger = logging.getLogger("crane.engine")
@@ -36,6 +36,7 @@ logger = logging.getLogger("crane.engine")
 BROKEN = 70  # the exit status; EX_SOFTWARE of sysexits.h
 # For the calls of other models, when one hangs; their callers may try again on the next engine.
 DRAIN_S, DRAIN_LOOK_S = 5.0, 0.1
+ACCEPT_PAUSE_S = 0.05  # where no connection can be taken for now
 
 
 class Server:
@@ -44,6 +45,8 @@ class Server:
     One thread owns all connections. The models' threads leave their answers in ``_outbox`` and
     wake it. What streams is sent by them at once: to wake a thread for each event, and to wait for
     the interpreter while it runs, takes a tenth of the throughput of 64 callers on two cores.
+
+    Whatever comes over a connection, the worst that it does is to end that connection.
     """
 
     def __init__(self, config: Config, index: int) -> None:
@@ -51,6 +54,7 @@ class Server:
         self._engine = Engine(
             config, Registry.load(config.models), on_defunct=self._break, index=index
         )
+        self._max_message = config.max_message
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(config.engine_sockets[index]))
         self._listener.listen(socket.SOMAXCONN)
@@ -116,8 +120,13 @@ class Server:
         self._wake.send(b"\0")
 
     def _accept(self) -> None:
-        caller, _ = self._listener.accept()
-        channel = Channel(caller)
+        try:
+            caller, _ = self._listener.accept()
+        except OSError:  # the other end has gone again, or this process has too many files open
+            logger.warning("a connection could not be taken", exc_info=True)
+            time.sleep(ACCEPT_PAUSE_S)
+            return
+        channel = Channel(caller, max_bytes=self._max_message)
         self._jobs[channel] = None
         self._selector.register(channel, selectors.EVENT_READ)
 
@@ -128,20 +137,30 @@ class Server:
                     flushed = caller.flush()
                 if flushed:
                     self._selector.modify(caller, selectors.EVENT_READ)
-            messages = caller.receive() if events & selectors.EVENT_READ else []
+            if not events & selectors.EVENT_READ:
+                return
+            for message in caller.receive():
+                self._take(caller, wire.read_request(message))
         except (EOFError, OSError):  # the caller gave up, or is gone
             self._drop(caller)
-            return
-        for message in messages:
-            self._take(caller, wire.unpack(message))
+        except BadMessage as error:
+            logger.warning("a connection is closed for what came over it: %s", error)
+            self._drop(caller)
+        except Exception:  # memory may run out, too
+            logger.exception("a connection is closed, for a message could not be served")
+            self._drop(caller)
 
-    def _take(self, caller: Channel, message: Any) -> None:
-        if message is None:
+    def _take(self, caller: Channel, request: Call | tuple[str, str] | None) -> None:
+        if caller.closed:  # by a message before
+            return
+        if request is None:
             self._send(caller, wire.pack(self._engine.status()))
-        elif isinstance(message, list):
-            self._order(caller, *message)
+        elif isinstance(request, tuple):
+            self._order(caller, *request)
+        elif self._jobs[caller] is None:
+            self._run(caller, request)
         else:
-            self._run(caller, Call(**message))
+            raise BadMessage("it is a call, and there is one on this connection already")
 
     def _run(self, caller: Channel, call: Call) -> None:
         def tell(told: Event | Answer | CraneError) -> None:
@@ -182,11 +201,17 @@ class Server:
                 continue
             self._jobs[caller] = None
             try:
-                data = wire.pack_answer(call_id, answer)
+                self._send(caller, wire.pack_answer(call_id, answer))
+            except MessageTooLarge as error:
+                logger.warning("an output could not be sent: %s", error)
+                too_large = PayloadTooLarge(
+                    "The output is too large to be sent. Ask for less in one call: fewer inputs, "
+                    "or smaller outputs."
+                )
+                self._send(caller, wire.pack_answer(call_id, too_large))
             except Exception:
                 logger.exception("an output could not be sent")
-                data = wire.pack_answer(call_id, InternalError())
-            self._send(caller, data)
+                self._send(caller, wire.pack_answer(call_id, InternalError()))
 
     def _send_event(self, caller: Channel, call_id: str, event: Event) -> None:
         """Send an event, from the thread of the model that it is about.
@@ -194,17 +219,20 @@ class Server:
         A connection that has ended is for the thread to see that owns it.
         """
         data = wire.pack_answer(call_id, event)
-        with self._sending, suppress(OSError):
+        with self._sending, suppress(OSError, MessageTooLarge):
             if caller.closed or caller.send(data):
                 return
         self._outbox.append((caller, call_id, None))
         self._wake_up()
 
-    def _send(self, caller: Channel, data: bytes) -> None:
-        """Send what the caller takes at once, and the rest when it does: nobody waits for it."""
+    def _send(self, caller: Channel, message: list[Part]) -> None:
+        """Send what the caller takes at once, and the rest when it does: nobody waits for it.
+
+        Raises ``MessageTooLarge``.
+        """
         try:
             with self._sending:
-                sent = caller.send(data)
+                sent = caller.send(message)
             if not sent:
                 self._selector.modify(caller, selectors.EVENT_READ | selectors.EVENT_WRITE)
         except OSError:

@@ -1,49 +1,95 @@
-"""How messages look between an HTTP worker and an engine: msgpack, with numpy arrays as bytes.
+"""What an HTTP worker and an engine say to each other, and what each takes from the other.
 
 An HTTP worker's thread has a connection of its own and one request on it at a time: a call, an
 order (``["load", model_id]``), or None to ask for the engine's status. Closing the connection says
-that nobody waits any more.
+that nobody waits any more. Each end checks the fields and types of what comes in, so that a wrong
+message costs its connection and nothing else.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
-import msgpack
-import numpy as np
-
-from backend.engine.calls import Answer, Event
+from backend.engine.calls import Answer, Call, Event
 from backend.errors import ERRORS, CraneError, InternalError
+from backend.messages import BadMessage, Part, pack, unpack
 
-_ARRAY = 1  # msgpack's code for an extension type of ours
+__all__ = ["BadMessage", "pack", "unpack"]
+
+ORDERS = ("load", "unload", "prepare")
+
+_Kinds = Mapping[str, tuple[type, ...]]
+_NUMBER = (float, int)
+
+_CALL: _Kinds = {
+    "request_id": (str,),
+    "model_id": (str,),
+    "inputs": (list,),
+    "options": (dict,),
+    "seeds": (list, NoneType),
+    "timeout_s": _NUMBER,
+    "keep_alive_s": (*_NUMBER, NoneType),
+    "stream": (bool,),
+    "caller": (str,),
+}
+_ANSWER: _Kinds = {
+    "outputs": (list,),
+    "usage": (list,),
+    "facts": (list,),
+    "applied": (list,),
+    "revision": (str, NoneType),
+    "device": (str,),
+    "dtype": (str,),
+    "batch_size": (int,),
+    "timings_ms": (dict,),
+}
+_ERROR: _Kinds = {
+    "code": (str,),
+    "message": (str,),
+    "details": (dict,),
+    "retry_after_s": (*_NUMBER, NoneType),
+}
 
 
-def pack(message: Any) -> bytes:
-    data: bytes = msgpack.packb(message, default=_pack_other)
-    return data
+def read_request(parts: Sequence[Part]) -> Call | tuple[str, str] | None:
+    """A call, an order and its model, or None; raises ``BadMessage``."""
+    message = unpack(parts)
+    if message is None:
+        return None
+    if type(message) is not list:
+        return _call(message)
+    if len(message) != 2 or message[0] not in ORDERS or type(message[1]) is not str:
+        raise BadMessage("it is an order that is not known")
+    return message[0], message[1]
 
 
-def unpack(data: bytes) -> Any:
-    return msgpack.unpackb(data, ext_hook=_unpack_other, strict_map_key=False)
+def _call(message: Any) -> Call:
+    call = Call(**_checked(message, _CALL, "call"))
+    if not call.inputs or (call.seeds is not None and len(call.seeds) != len(call.inputs)):
+        raise BadMessage("its call has no inputs, or not a seed for each")
+    if any(type(name) is not str for name in call.options):
+        raise BadMessage("its call has an option whose name is no text")
+    if any(type(seed) is not int for seed in call.seeds or ()):
+        raise BadMessage("its call has a seed that is no whole number")
+    if not math.isfinite(call.timeout_s) or math.isnan(call.keep_alive_s or 0):
+        raise BadMessage("its call has a time that is none")
+    return call
 
 
-def _pack_other(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        header = msgpack.packb((value.dtype.str, value.shape))
-        return msgpack.ExtType(_ARRAY, header + np.ascontiguousarray(value).tobytes())
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} does not travel between processes")
+def _checked(message: Any, kinds: _Kinds, what: str) -> dict[str, Any]:
+    """The fields of a message, each there and of its type, and no others."""
+    if type(message) is not dict or message.keys() != kinds.keys():
+        raise BadMessage(f"its {what} has other fields than {', '.join(kinds)}")
+    for name, value in message.items():
+        if type(value) not in kinds[name]:
+            raise BadMessage(f"its {what} has {name} of type {type(value).__name__}")
+    return message
 
 
-def _unpack_other(code: int, data: bytes) -> Any:
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(data)
-    dtype, shape = unpacker.unpack()
-    return np.frombuffer(data, dtype=dtype, offset=unpacker.tell()).reshape(shape)
-
-
-def pack_answer(call_id: str, answer: Event | Answer | CraneError | None) -> bytes:
+def pack_answer(call_id: str, answer: Event | Answer | CraneError | None) -> list[Part]:
     """An answer to a call, or an event before it; ``call_id`` is the request's own.
 
     To an order it is None, or an error, and the id is the model's.
@@ -61,14 +107,32 @@ def pack_answer(call_id: str, answer: Event | Answer | CraneError | None) -> byt
     return pack({"id": call_id, "error": error})
 
 
-def unpack_answer(call_id: str, data: bytes) -> Event | Answer | CraneError | None:
-    """The answer to ``call_id``, or an event of it; raises ``ValueError`` for another call's."""
-    message = unpack(data)
-    if message["id"] != call_id:
-        raise ValueError(f"the answer is to {message['id']!r}, not to {call_id!r}")
+def unpack_answer(call_id: str, parts: Sequence[Part]) -> Event | Answer | CraneError | None:
+    """The answer to ``call_id``, or an event of it; raises ``BadMessage``, as for another's."""
+    message = unpack(parts)
+    if type(message) is not dict or len(message) != 2 or message.get("id") != call_id:
+        raise BadMessage(f"it is no answer to {call_id!r}")
     if "event" in message:
-        return Event(*message["event"])
+        event = message["event"]
+        if type(event) is not list or [type(one) for one in event] != [str, dict]:
+            raise BadMessage("its event is not a kind and what there is to tell")
+        return Event(*event)
     if "answer" in message:
-        return message["answer"] and Answer(**message["answer"])
-    error = message["error"]
-    return ERRORS.get(error.pop("code"), InternalError)(error.pop("message"), **error)
+        answer = message["answer"]
+        return None if answer is None else Answer(**_checked(answer, _ANSWER, "answer"))
+    error = _checked(message.get("error"), _ERROR, "error")
+    kind = ERRORS.get(error["code"], InternalError)
+    try:
+        return kind(
+            error["message"], details=error["details"], retry_after_s=error["retry_after_s"]
+        )
+    except TypeError:  # an error of HTTP's, which an engine does not know
+        raise BadMessage(f"its error is {error['code']!r:.40}") from None
+
+
+def unpack_status(parts: Sequence[Part]) -> dict[str, Any]:
+    """What ``Engine.status`` said; raises ``BadMessage``."""
+    message = unpack(parts)
+    if type(message) is not dict or type(message.get("models")) is not dict:
+        raise BadMessage("it is no status")
+    return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,7 @@ import numpy as np
 
 from backend.cores import all_cores
 from backend.errors import CraneError
-from backend.media import Refused
-from backend.media.parts import Media
+from backend.media import MAX_KEPT_RATE, NO_MEMORY, Media, Refused
 from backend.media.sound_kinds import FLAC, find_kind
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ logger = logging.getLogger("crane.media")
 KINDS = "wav, mp3, flac, ogg (Vorbis, Opus), m4a, aac, webm"
 MOST_CHANNELS = 8
 RATES = (4_000, 192_000)
+COST_RATE = 2 * 48_000  # samples of all channels that count as a second
+COST_SLACK_S = 1.0  # so that a sound as long as is allowed is refused for its length alone
+MIN_FRAME_S = 0.01  # a frame of a few samples costs as much as one of some hundred
 # Fewer decoders are fewer for a hostile file to meet.
 _DECODERS = (
     "pcm_u8,pcm_s16le,pcm_s24le,pcm_s32le,pcm_f32le,pcm_f64le,pcm_alaw,pcm_mulaw,"
@@ -47,19 +50,27 @@ _WRITE: dict[str, tuple[str, tuple[int, ...]]] = {
 
 @all_cores()
 def decode_audio(
-    data: bytes, *, rate: int | None, mime_type: str | None, claim: Callable[[int, int], None]
+    data: bytes,
+    *,
+    rate: int | None,
+    mime_type: str | None,
+    claim: Callable[[int, int], None],
+    max_cost_s: float = math.inf,
 ) -> dict[str, Any]:
-    """The first sound of a file: ``{"samples": float32 from -1 to 1, "rate"}``, channels averaged.
+    """The first sound of a file: ``{"samples": float32 from -1 to 1, "rate", "cost_s"}``.
 
-    With ``rate`` it is resampled to that. ``mime_type`` is what the caller says it is, if
-    anything; ``claim`` is asked for samples, at their rate, before they are kept. Raises
-    ``Refused``.
+    Its channels are averaged. With ``rate`` it is resampled to that, and without to 48,000 a second
+    at most. ``mime_type`` is what the caller says it is, if anything; ``claim`` is asked for
+    samples, at their rate, before they are kept. ``cost_s`` is what it costs, in seconds of stereo
+    at 48,000 samples a second, where a frame counts as 10 ms at least: no more than about
+    ``max_cost_s``. Raises ``Refused``.
     """
     kind = find_kind(data)
     if kind is None:
         raise Refused(f"is no sound of a kind that is read here: {KINDS}")
     if mime_type is not None and not kind.is_called(mime_type):
         raise Refused(f"is {kind.mime_type}, and its label says {mime_type}")
+    kind.bound(data)
     damaged = Refused("is damaged or cut short")
     if kind.cut_short(data):
         raise damaged
@@ -69,7 +80,7 @@ def decode_audio(
             sound = None
             for frame in container.decode(stream):
                 if sound is None:
-                    sound = _Sound(frame, rate, claim)
+                    sound = _Sound(frame, rate, claim, max_cost_s)
                     if kind.tells_length and stream.duration and stream.time_base:
                         sound.expect(float(stream.duration * stream.time_base))
                 sound.add(frame)
@@ -80,12 +91,15 @@ def decode_audio(
                 raise damaged
     except (Refused, CraneError):  # CraneError is claim's
         raise
+    except MemoryError:
+        raise Refused(NO_MEMORY) from None
     except Exception:  # a parser may stumble over a hostile file in any way
         logger.debug("a sound", exc_info=True)
         raise damaged from None
     if not sound.buffer:
         raise Refused("has no samples")
-    return {"samples": np.frombuffer(sound.buffer, np.float32), "rate": sound.rate}
+    samples = np.frombuffer(sound.buffer, np.float32)
+    return {"samples": samples, "rate": sound.rate, "cost_s": sound.cost_s}
 
 
 def _open(data: bytes, demuxer: str) -> InputContainer:
@@ -124,12 +138,20 @@ class _Sound:
     made to have one plane before their samples are touched.
     """
 
-    def __init__(self, frame: AudioFrame, rate: int | None, claim: Callable[[int, int], None]):
+    def __init__(
+        self,
+        frame: AudioFrame,
+        rate: int | None,
+        claim: Callable[[int, int], None],
+        max_cost_s: float,
+    ) -> None:
         from av import AudioResampler
 
         self.own, self.channels = frame.sample_rate, frame.layout.nb_channels
         _check(self.channels, self.own)
-        self.rate, self._claim, self._claimed = rate or self.own, claim, 0
+        self.rate = rate or min(self.own, MAX_KEPT_RATE)
+        self._claim, self._claimed = claim, 0
+        self._max_cost_s, self.cost_s = max_cost_s, 0.0
         self._resampler = AudioResampler(format="flt", layout=frame.layout, rate=self.rate)
         self.buffer = bytearray()
         self.heard = self.expected = 0  # samples, at their own rate
@@ -138,16 +160,28 @@ class _Sound:
         """Claim what the file says it has, so that it is refused before it is decoded."""
         self.expected = int(seconds * self.own)
         self._claim_up_to(int(seconds * self.rate))
+        self._check_cost(self.expected * self.channels / COST_RATE)
 
     def add(self, frame: AudioFrame) -> None:
         if frame.layout.nb_channels != self.channels:
             raise Refused("changes its number of channels on the way")
+        self.cost_s += max(frame.samples * self.channels / COST_RATE, MIN_FRAME_S)
+        self._check_cost(self.cost_s)
         self.heard += frame.samples
         self._keep(self._resampler.resample(frame))
 
     def end(self) -> None:
         if self.own != self.rate:
             self._keep(self._resampler.resample(None))
+
+    def _check_cost(self, cost_s: float) -> None:
+        if cost_s > self._max_cost_s + COST_SLACK_S:
+            raise Refused(
+                f"takes as long to decode as {cost_s:.1f} s or more of stereo at 48,000 samples a "
+                f"second; {self._max_cost_s:g} s are allowed: send fewer channels, a lower rate or "
+                "longer frames",
+                too_large=True,
+            )
 
     def _keep(self, frames: list[AudioFrame]) -> None:
         for frame in frames:
@@ -180,11 +214,13 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 @all_cores()
-def encode_audio(samples: np.ndarray, rate: int, format_: str) -> Media:
+def encode_audio(
+    samples: np.ndarray, rate: int, format_: str, check: Callable[[], None] = lambda: None
+) -> Media:
     """Write float32 samples, ``(n,)`` or stereo ``(n, 2)``, as ``wav``, ``flac``, ``mp3``, ``ogg``.
 
     What is beyond -1 and 1 is clipped. An mp3, or an ogg, which is Opus, has the next rate above
-    ``rate`` that its kind knows.
+    ``rate`` that its kind knows. ``check`` is called before each second, and may raise.
     """
     import av
 
@@ -201,6 +237,7 @@ def encode_audio(samples: np.ndarray, rate: int, format_: str) -> Media:
         stream = container.add_stream(codec, rate=written, layout=layout)
         assert isinstance(stream, av.AudioStream)
         for at in range(0, len(pcm), written):  # a second at a time
+            check()
             block = np.ascontiguousarray(pcm[at : at + written]).reshape(1, -1)
             frame = av.AudioFrame.from_ndarray(block, format="s16", layout=layout)
             frame.sample_rate, frame.pts = written, at

@@ -27,6 +27,7 @@ MAX_URL = 2048
 MAX_REDIRECTS = 3
 MAX_ADDRESSES = 2
 PIECE = 65536  # bytes
+MAX_RESOLVERS = 16  # names that this process looks up at once
 HEADERS = {"User-Agent": "crane", "Accept-Encoding": "identity", "Connection": "close"}
 
 _LABEL = "[a-z0-9_-]{1,63}"
@@ -46,6 +47,9 @@ _NEVER = [
         "3fff::/20",  # documentation, younger than Python 3.11's own list
     )
 ]
+
+
+_RESOLVERS = threading.BoundedSemaphore(MAX_RESOLVERS)
 
 
 class _Target(NamedTuple):
@@ -180,8 +184,13 @@ def _addresses(target: _Target, deadline: float) -> list[str]:
             answers.put([str(where[0]) for *_, where in found])
         except (OSError, UnicodeError):
             answers.put([])
+        finally:
+            _RESOLVERS.release()
 
-    # A thread of its own, because getaddrinfo cannot be told how long it may take.
+    # A thread of its own, because getaddrinfo cannot be told how long it may take; and not any
+    # number of them, for one may stay long after nobody waits for it.
+    if not _RESOLVERS.acquire(timeout=_left(deadline)):
+        raise Refused("took too long")
     threading.Thread(target=ask, name="media resolver", daemon=True).start()
     try:
         found = answers.get(timeout=_left(deadline))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backend.cores import all_cores
-from backend.media import Refused
-from backend.media.parts import Media
+from backend.media import NO_MEMORY, Media, Refused
+from backend.media.bounds import bound_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,6 +52,8 @@ def decode_image(
     """
     from PIL import Image, UnidentifiedImageError
 
+    bound_image(data)
+
     # Pillow would warn of many pixels, or refuse them with its own words: claim() decides here.
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -72,6 +74,8 @@ def decode_image(
             raise Refused("has nothing see-through, which is where a mask lets paint")
         try:
             return _pixels(image, mode)
+        except MemoryError:
+            raise Refused(NO_MEMORY) from None
         except Exception:
             logger.debug("a picture's pixels", exc_info=True)
             raise Refused("is damaged or cut short") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.media.parts import Media
+from backend.media import Media
 
 # What is written: the option `format`, and its media type.
 MESH_FORMATS = {"glb": "model/gltf-binary", "ply": "model/ply"}

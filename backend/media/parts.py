@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from typing import Any
 
 from backend.schemas import StrictField
-
-
-@dataclass(frozen=True, slots=True)
-class Media:
-    """An output that is bytes: a JSON answer has them in base64, a bare answer as they are."""
-
-    mime_type: str
-    data: bytes
-
-    def to_json(self) -> dict[str, str]:
-        return {"mime_type": self.mime_type, "data": base64.b64encode(self.data).decode()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +57,7 @@ class ImageField(MediaField):
 class AudioField(MediaField):
     """Sound, read as ``{"samples", "rate"}``: mono float32 from -1 to 1, and samples a second.
 
-    ``rate`` is what it is resampled to; None leaves it as it was recorded.
+    ``rate`` is what it is resampled to; None leaves it as it was recorded, up to 48,000.
     """
 
     type_name = "audio"

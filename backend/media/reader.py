@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import binascii
 import re
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,9 +16,9 @@ from urllib.parse import unquote_to_bytes
 from backend.config import Config
 from backend.errors import MAX_FAULTS, InvalidRequest, Overloaded, PayloadTooLarge
 from backend.media import Refused
-from backend.media.audio import decode_audio
+from backend.media.decoders import Caller, decoders_for
 from backend.media.fetch import fetch
-from backend.media.images import CLEAR, decode_image
+from backend.media.images import CLEAR
 from backend.media.parts import (
     AudioField,
     ImageField,
@@ -25,10 +26,9 @@ from backend.media.parts import (
     Upload,
     VideoField,
 )
-from backend.media.video import decode_video
 
 FETCH_TIMEOUT_S = 10.0  # for all URLs of a call together
-CALLS_OF_MOST_PIXELS = 8  # how many of the largest calls a process holds at once
+MEDIA_PER_INPUT = 2  # on average, of as many inputs as a call may have: a picture and its mask
 
 
 class MediaReader:
@@ -36,13 +36,21 @@ class MediaReader:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._bytes_left = CALLS_OF_MOST_PIXELS * 3 * config.max_pixels
+        self.decoders = decoders_for(config)
+        self._bytes_left = config.max_media_bytes
         self._lock = threading.Lock()  # so that the bound holds when many calls come at once
 
     @contextmanager
-    def reading(self) -> Iterator[Reading]:
-        """Read one call's media; what it holds is counted until the block ends."""
-        reading = Reading(self)
+    def reading(
+        self, caller: str = "", caller_socket: socket.socket | None = None
+    ) -> Iterator[Reading]:
+        """Read one call's media; what it holds is counted until the block ends.
+
+        ``CRANE_REQUEST_TIMEOUT`` begins now. What is read for a ``caller_socket`` whose other end
+        is closed is read no further.
+        """
+        deadline = time.monotonic() + self.config.request_timeout_s
+        reading = Reading(self, Caller(deadline, caller, caller_socket))
         try:
             yield reading
         finally:
@@ -66,19 +74,29 @@ class MediaReader:
 class Reading:
     """One call's media."""
 
-    def __init__(self, reader: MediaReader) -> None:
+    def __init__(self, reader: MediaReader, caller: Caller) -> None:
         self._reader = reader
-        self.fetching_s = 0.0
+        self._caller = caller
+        self._fetching_s = 0.0
         self.bytes = 0
         self._pixels = 0
-        self._seconds = 0.0
+        self._seconds = self._cost_s = 0.0  # of sounds: how long they last, and cost as much as
+
+    def left_s(self) -> float:
+        """How long the call may still take; raises ``DeadlineExceeded``."""
+        return self._caller.left_s()
 
     def read(self, value: Any, at: str) -> Any:
         """``value`` with every ``Source`` in it read.
 
         Raises ``InvalidRequest`` or ``PayloadTooLarge`` that names each field at fault by its path
-        below ``at``; ``Overloaded`` where this process holds too much already.
+        below ``at``; ``Overloaded`` where this process holds too much already;
+        ``DeadlineExceeded``; ``ClientClosedRequest``.
         """
+        # Before the first name is looked up, or anything is decoded.
+        count, most = _count_media(value), MEDIA_PER_INPUT * self._reader.config.max_batch
+        if count > most:
+            raise PayloadTooLarge.of({at: f"has {count} media; a call may have {most}"})
         faults: dict[str, Refused] = {}
         read = self._walk(value, at, faults)
         if faults:
@@ -105,17 +123,35 @@ class Reading:
 
     def _decode(self, source: Source, data: bytes, mime_type: str | None) -> Any:
         field = source.field
+        decode = partial(
+            self._reader.decoders.decode, data=data, mime_type=mime_type, caller=self._caller
+        )
         if isinstance(field, AudioField):
-            claim = partial(self.claim_samples, before_s=self._seconds)
-            return decode_audio(data, rate=field.rate, mime_type=mime_type, claim=claim)
+            return self._decode_audio(field, decode)
         if isinstance(field, VideoField):
-            return decode_video(
-                data, max_frames=field.max_frames, mime_type=mime_type, claim=self.claim_pixels
-            )
+            return decode("video", max_frames=field.max_frames, claim=self.claim_pixels)
         assert isinstance(field, ImageField)
         clear = isinstance(source.given, Upload) and source.given.see_through_is_white
-        mode = CLEAR if clear else field.mode
-        return decode_image(data, mode=mode, mime_type=mime_type, claim=self.claim_pixels)
+        return decode("image", mode=CLEAR if clear else field.mode, claim=self.claim_pixels)
+
+    def _decode_audio(self, field: AudioField, decode: Callable[..., Any]) -> Any:
+        before_s, before = self._seconds, self.bytes
+        left_s = max(0.0, self._reader.config.max_audio_s - before_s)
+        audio = decode(
+            "audio",
+            rate=field.rate,
+            claim=partial(self.claim_samples, before_s=before_s),
+            audio_left_s=left_s,
+            max_cost_s=max(0.0, self._reader.config.max_audio_s - self._cost_s),
+        )
+        self._cost_s += audio.pop("cost_s")
+        # What was claimed beyond what there was.
+        samples = audio["samples"]
+        surplus = self.bytes - before - samples.nbytes
+        self._reader.give_back(surplus)
+        self.bytes -= surplus
+        self._seconds = before_s + len(samples) / audio["rate"]
+        return audio
 
     def claim_pixels(self, pixels: int) -> None:
         """Count pixels that are about to be decoded; raises ``Refused``, ``Overloaded``."""
@@ -163,16 +199,24 @@ class Reading:
     def _fetch(self, url: str) -> tuple[bytes, str | None]:
         config = self._reader.config
         started = time.monotonic()
-        most_s = min(FETCH_TIMEOUT_S, config.request_timeout_s)
+        deadline = min(started + FETCH_TIMEOUT_S - self._fetching_s, self._caller.deadline)
         try:
             return fetch(
                 url,
                 hosts=config.media_hosts,
                 max_bytes=config.max_body,
-                deadline=started + most_s - self.fetching_s,
+                deadline=deadline,
             )
         finally:
-            self.fetching_s += time.monotonic() - started
+            self._fetching_s += time.monotonic() - started
+
+
+def _count_media(value: Any) -> int:
+    if type(value) is dict:
+        return sum(map(_count_media, value.values()))
+    if type(value) is list:
+        return sum(map(_count_media, value))
+    return type(value) is Source
 
 
 def _of_base64(text: str) -> bytes:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from backend.media.bounds import bound_matroska, bound_mp4, bound_ogg, bound_riff
 from backend.media.containers import matroska_cut_short, mp4_cut_short
 
 _UNKNOWN_LENGTH = 0x7F000000  # and above: what programs write into a WAV's head before they know
@@ -21,6 +22,8 @@ class Kind:
     cut_short: Callable[[bytes], bool]
     # Whether libav has the length from the file, and not from its first frames' bit rate.
     tells_length: bool = True
+    # Refuses one that repeats what costs time more often than files do.
+    bound: Callable[[bytes], None] = lambda data: None
 
     def is_called(self, mime_type: str) -> bool:
         return mime_type in self.names | {self.mime_type, "application/octet-stream"}
@@ -104,6 +107,7 @@ WAV = Kind(
     "audio/wav",
     frozenset(("audio/x-wav", "audio/wave", "audio/vnd.wave", "audio/x-pn-wav")),
     _wav_cut_short,
+    bound=bound_riff,
     tells_length=False,  # a recorder's guess, see _UNKNOWN_LENGTH; what is there is short enough
 )
 MP3 = Kind(
@@ -119,6 +123,7 @@ OGG = Kind(
     "audio/ogg",
     frozenset(("application/ogg", "video/ogg", "audio/opus", "audio/vorbis", "audio/x-ogg")),
     _ogg_cut_short,
+    bound=bound_ogg,
 )
 MP4 = Kind(
     "mp4",
@@ -127,6 +132,7 @@ MP4 = Kind(
         ("audio/m4a", "audio/x-m4a", "audio/aac", "audio/mp4a-latm", "video/mp4", "video/quicktime")
     ),
     mp4_cut_short,
+    bound=bound_mp4,
 )
 AAC = Kind(
     "aac",
@@ -140,4 +146,5 @@ WEBM = Kind(
     "audio/webm",
     frozenset(("video/webm", "audio/x-matroska", "video/x-matroska", "audio/matroska")),
     matroska_cut_short,
+    bound=bound_matroska,
 )

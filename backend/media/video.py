@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from backend.cores import all_cores
-from backend.media import Refused
+from backend.media import NO_MEMORY, Media, Refused
+from backend.media.bounds import bound_matroska, bound_mp4
 from backend.media.containers import matroska_cut_short, mp4_cut_short
-from backend.media.parts import Media
 
 logger = logging.getLogger("crane.media")
 
@@ -26,6 +26,7 @@ _LABELS = {
     "mp4": ("video/mp4", "video/quicktime", "video/x-m4v"),
     "matroska": ("video/webm", "video/x-matroska", "video/matroska"),
 }
+_BOUND = {"mp4": bound_mp4, "matroska": bound_matroska}
 _CUT_SHORT = {"mp4": mp4_cut_short, "matroska": matroska_cut_short}
 # The boxes that an MP4 or QuickTime film may begin with.
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -41,16 +42,17 @@ _BT709 = 1  # what browsers take a film for that does not say, at least from 720
 
 
 @all_cores()
-def encode_video(frames: np.ndarray, fps: float) -> Media:
+def encode_video(frames: np.ndarray, fps: float, check: Callable[[], None] = lambda: None) -> Media:
     """Write frames ``(n, height, width, 3)`` as an MP4 that browsers play, ``fps`` a second.
+
+    ``check`` is called before each frame, and may raise.
 
     H.264 in yuv420p has even sides: an odd one is made longer by a pixel, its last one again.
     """
     import av
 
     count, height, width = frames.shape[:3]
-    if height % 2 or width % 2:
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    odd = ((0, height % 2), (0, width % 2), (0, 0))
     file = BytesIO()
     # The index before the film, so that it plays while it is fetched. `+faststart` would have to
     # open the file once more by its name, and this one has none: room is kept for it instead.
@@ -58,7 +60,7 @@ def encode_video(frames: np.ndarray, fps: float) -> Media:
     with av.open(file, "w", format="mp4", options=room) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         # x264's mbtree reads a little past narrow frames: a film then differs from time to time.
         stream.options = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
@@ -66,6 +68,9 @@ def encode_video(frames: np.ndarray, fps: float) -> Media:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = 1  # of television, as films have it
         for pixels in frames:
+            check()
+            if height % 2 or width % 2:
+                pixels = np.pad(pixels, odd, mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
             container.mux(stream.encode(frame))
@@ -87,12 +92,15 @@ def decode_video(
     kind = _kind(data)
     if mime_type not in (None, "application/octet-stream", *_LABELS[kind]):
         raise Refused(f"is {_LABELS[kind][0]}, and its label says {mime_type}")
+    _BOUND[kind](data)
     if _CUT_SHORT[kind](data):
         raise Refused("is damaged or cut short")
     try:
         packets, width, height, fps = _survey(data, kind)
     except Refused:
         raise
+    except MemoryError:
+        raise Refused(NO_MEMORY) from None
     except Exception:  # a parser may stumble over a hostile file in any way
         logger.debug("a film's packets", exc_info=True)
         raise Refused("is damaged: what it is made of cannot be read") from None
@@ -103,6 +111,8 @@ def decode_video(
         frames = _frames(data, kind, set(kept.tolist()), (width, height))
     except Refused:
         raise
+    except MemoryError:
+        raise Refused(NO_MEMORY) from None
     except Exception:
         logger.debug("a film's frames", exc_info=True)
         raise Refused("is damaged or cut short") from None

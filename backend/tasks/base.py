@@ -14,6 +14,8 @@ from backend.schemas import Bounds, Choice, KeepAlive, ListOf, StrictField, Stri
 
 MAX_SEED = 2**32 - 1
 
+Check = Callable[[], None]
+
 
 def about(description: str) -> dict[str, str]:
     """Metadata of an option: what ``GET /crane/models/{id}`` says it does."""
@@ -105,7 +107,9 @@ class Task:
     ``input`` loads one input (a list of inputs is a batch, which the caller of this class
     unpacks); ``output`` says in words what one output is; ``example`` is a valid
     ``(input, options)``. Where an output is ``Media``, ``formats`` has the values of the option
-    ``format``, each with its media type. ``dump`` makes of an adapter's output what callers get.
+    ``format``, each with its media type. ``dump`` makes of an adapter's output what callers get,
+    in the engine, where that is not the output itself; it calls ``check`` between its parts, which
+    raises once nobody waits for them.
     """
 
     name: str
@@ -115,7 +119,7 @@ class Task:
     example: tuple[Any, dict[str, Any]]
     weights: bool = True  # whether an entry names a model; echo's does not
     formats: Mapping[str, str] = field(default_factory=dict)
-    dump: Callable[[Any, Mapping[str, Any]], Any] = lambda output, options: output
+    dump: Callable[[Any, Mapping[str, Any], Check], Any] | None = None
 
     def draws(self, options: Mapping[str, Any]) -> bool:
         """Whether anything is drawn at random, so that a seed belongs in the receipt."""

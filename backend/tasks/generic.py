@@ -13,7 +13,7 @@ import numpy as np
 from backend.media.images import encode_image
 from backend.media.parts import AudioField, ImageField, VideoField
 from backend.schemas import ObjectOf, Text
-from backend.tasks.base import Options, Task
+from backend.tasks.base import Check, Options, Task
 from backend.tasks.examples import PICTURE, SOUND
 from backend.tasks.generic_inputs import (
     DecisionInput,
@@ -41,14 +41,15 @@ NOT_SERVED = {
 }
 
 
-def dump_generic(output: Any, options: Mapping[str, Any]) -> Any:
+def dump_generic(output: Any, options: Mapping[str, Any], check: Check) -> Any:
     """Pictures and masks, which are the arrays of uint8, as PNG files."""
     if isinstance(output, np.ndarray):
+        check()
         return encode_image(output, "png") if output.dtype == np.uint8 else output
     if isinstance(output, dict):
-        return {key: dump_generic(value, options) for key, value in output.items()}
+        return {key: dump_generic(value, options, check) for key, value in output.items()}
     if isinstance(output, list):
-        return [dump_generic(value, options) for value in output]
+        return [dump_generic(value, options, check) for value in output]
     return output
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from marshmallow import ValidationError, validates_schema
 
+from backend.media import Media
 from backend.media.images import IMAGE_FORMATS, encode_image
-from backend.media.parts import ImageField, Media
+from backend.media.parts import ImageField
 from backend.schemas import (
     Choice,
     Integer,
@@ -18,7 +19,7 @@ from backend.schemas import (
     StrictSchema,
     Text,
 )
-from backend.tasks.base import Options, Task, about
+from backend.tasks.base import Check, Options, Task, about
 from backend.tasks.diffusion import cut_prompt, denoising_steps, first_seed, guidance, side, without
 from backend.tasks.examples import PICTURE
 
@@ -116,9 +117,14 @@ class InpaintingInput(EditInput):
     mask = ImageField(mode="L", required=True)
 
 
-def dump_images(pictures: list[Any], options: Mapping[str, Any]) -> Media | list[Media]:
+def dump_images(
+    pictures: list[Any], options: Mapping[str, Any], check: Check
+) -> Media | list[Media]:
     """Pixels of each picture as files: one by itself, several as a list."""
-    files = [encode_image(pixels, options["format"]) for pixels in pictures]
+    files = []
+    for pixels in pictures:
+        check()
+        files.append(encode_image(pixels, options["format"]))
     return files[0] if len(files) == 1 else files
 
 

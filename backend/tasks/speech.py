@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backend.media import Media
 from backend.media.audio import AUDIO_FORMATS, encode_audio
-from backend.media.parts import Media
 from backend.schemas import Boolean, Choice, Integer, Number, Text
-from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
+from backend.tasks.base import MAX_SEED, TRUNCATE, Check, Options, Task, about
 
 
 class SoundOptions(Options):
@@ -77,9 +77,9 @@ class AudioOptions(SoundOptions):
     )
 
 
-def dump_sound(sound: Mapping[str, Any], options: Mapping[str, Any]) -> Media:
+def dump_sound(sound: Mapping[str, Any], options: Mapping[str, Any], check: Check) -> Media:
     """Samples as a file."""
-    return encode_audio(sound["samples"], sound["rate"], options["format"])
+    return encode_audio(sound["samples"], sound["rate"], options["format"], check)
 
 
 @dataclass(frozen=True, kw_only=True)

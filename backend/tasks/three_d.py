@@ -27,5 +27,5 @@ TEXT_TO_3D = Task(
     output='the mesh with its colours, {"mime_type", "data"}',
     example=("A red armchair with four legs.", {"seed": 7}),
     formats=MESH_FORMATS,
-    dump=lambda mesh, options: encode_mesh(mesh, options["format"]),
+    dump=lambda mesh, options, check: encode_mesh(mesh, options["format"]),
 )

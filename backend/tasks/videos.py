@@ -7,10 +7,11 @@ from typing import Any
 
 from marshmallow import ValidationError, post_load, validates_schema
 
-from backend.media.parts import ImageField, Media
+from backend.media import Media
+from backend.media.parts import ImageField
 from backend.media.video import VIDEO_FORMATS, encode_video
 from backend.schemas import Choice, Integer, Number, ObjectOf, StrictSchema, Text
-from backend.tasks.base import Options, Task, about
+from backend.tasks.base import Check, Options, Task, about
 from backend.tasks.diffusion import cut_prompt, denoising_steps, first_seed, guidance, side, without
 from backend.tasks.examples import PICTURE
 from backend.tasks.images import PromptField
@@ -83,8 +84,8 @@ class AnimationInput(StrictSchema):
     negative_prompt = Text(blank=True, load_default=None, allow_none=True)
 
 
-def dump_video(film: Mapping[str, Any], options: Mapping[str, Any]) -> Media:
-    return encode_video(film["frames"], film["fps"])
+def dump_video(film: Mapping[str, Any], options: Mapping[str, Any], check: Check) -> Media:
+    return encode_video(film["frames"], film["fps"], check)
 
 
 _OUTPUT = 'the film, {"mime_type", "data"}'

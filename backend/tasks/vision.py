@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from marshmallow import ValidationError, validates
 
+from backend.media import Media
 from backend.media.images import IMAGE_FORMATS, encode_image
-from backend.media.parts import ImageField, Media
+from backend.media.parts import ImageField
 from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
-from backend.tasks.base import TRUNCATE, Options, Task, about
+from backend.tasks.base import TRUNCATE, Check, Options, Task, about
 from backend.tasks.examples import PICTURE
 
 SUBTASKS = ["panoptic", "instance", "semantic"]
@@ -77,17 +78,20 @@ class DepthOptions(Options):
     )
 
 
-def dump_segments(found: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+def dump_segments(
+    found: dict[str, Any], options: Mapping[str, Any], check: Check
+) -> list[dict[str, Any]]:
     """A mask for each segment: white where the map of the whole picture has its number."""
     segments = []
     for segment in found["segments"]:
+        check()
         mask = np.where(found["map"] == segment["id"], np.uint8(255), np.uint8(0))
         rest = {"label": segment["label"], "score": segment["score"]}
         segments.append({**rest, "mask": encode_image(mask, "png")})
     return segments
 
 
-def dump_depth(pixels: np.ndarray, options: Mapping[str, Any]) -> Media:
+def dump_depth(pixels: np.ndarray, options: Mapping[str, Any], check: Check) -> Media:
     return encode_image(pixels, options["format"])
 
 
