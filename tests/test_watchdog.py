@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -9,7 +11,7 @@ from queue import SimpleQueue
 import pytest
 
 from backend.adapters.echo import Echo
-from backend.engine import turns, watchdog
+from backend.engine import supervisor, turns, watchdog
 from backend.engine.calls import Answer, Call
 from backend.errors import ModelUnavailable
 from tests.conftest import ECHO, run
@@ -146,3 +148,51 @@ def test_a_fault_of_a_look_keeps_no_other_model_from_being_looked_at():
     seen.clear()
     assert seen.wait(10)
     dog.end()
+
+
+def test_an_engine_that_answered_and_no_longer_does_is_killed_and_replaced(monkeypatch):
+    monkeypatch.setattr(supervisor, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(supervisor, "MIN_SILENCE_S", 0.1)
+    engines, answered = [], []
+
+    def look():
+        """Each engine answers three times at first, and only the first one ever falls silent."""
+        engine = keeper._engine
+        if engine not in engines:
+            engines.append(engine)
+        if len(engines) == 1 and len(answered) >= 3:
+            raise ModelUnavailable("The engine is too busy to say how it is.")
+        answered.append(engine)
+
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    keeper = supervisor.Supervisor(command, "cpu", look, hang_timeout_s=0.1)
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    try:
+        wait_for(lambda: len(engines) == 2 and len(answered) >= 20)
+    finally:
+        keeper.end()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert [one.returncode for one in engines] == [-signal.SIGKILL, 0]
+
+
+def test_an_engine_that_is_still_starting_is_left_alone(monkeypatch):
+    monkeypatch.setattr(supervisor, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(supervisor, "MIN_SILENCE_S", 0.01)
+    looks = []
+
+    def look():
+        looks.append(keeper._engine)
+        raise ModelUnavailable("The engine is not running.")
+
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    keeper = supervisor.Supervisor(command, "cpu", look, hang_timeout_s=0.01)
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    try:
+        wait_for(lambda: len(looks) >= 20)
+    finally:
+        keeper.end()
+        thread.join(10)
+    assert len(set(looks)) == 1

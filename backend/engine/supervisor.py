@@ -8,14 +8,17 @@ every child it sees.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from backend import logs
 from backend.config import Config
+from backend.engine.remote import RemoteEngine
 
 logger = logging.getLogger("crane.supervisor")
 
@@ -24,16 +27,23 @@ LAST_PAUSE_S = 30.0
 STEADY_S = (
     60.0  # an engine that lived this long did not fail at its start: no pause before the next
 )
+# Between looks at an engine. One that has answered, and then does not for so long, hangs: a thread
+# of it holds the interpreter, so that its own watchdog cannot help.
+HEARTBEAT_S, MIN_SILENCE_S = 5.0, 10.0
 END_TIMEOUT_S = 20.0  # above the engine's own limit, so that it is killed only when stuck
 
 
 class Supervisor:
     """Starts one engine, and starts it again when it dies, with a growing pause."""
 
-    def __init__(self, command: list[str], name: str) -> None:
-        """``name`` is the engine's devices'."""
+    def __init__(
+        self, command: list[str], name: str, look: Callable[[], object], hang_timeout_s: float
+    ) -> None:
+        """``name`` is the engine's devices', and ``look`` raises where it does not answer."""
         self._command = command
         self._name = name
+        self._look = look
+        self._max_silence_s = max(hang_timeout_s, MIN_SILENCE_S)
         self._ending = threading.Event()
         self._lock = threading.Lock()  # so that no engine is started after the end
         self._engine: subprocess.Popen[bytes] | None = None
@@ -43,7 +53,9 @@ class Supervisor:
         pause_s = FIRST_PAUSE_S
         while (engine := self._start()) is not None:
             started = time.monotonic()
-            code = engine.wait()
+            code = self._watch(engine)
+            assert engine.stdin is not None
+            engine.stdin.close()
             if self._ending.is_set():
                 return
             if time.monotonic() - started > STEADY_S:
@@ -54,6 +66,25 @@ class Supervisor:
             )
             self._ending.wait(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
+
+    def _watch(self, engine: subprocess.Popen[bytes]) -> int:
+        """The engine's exit status, once it has ended; one that hangs is killed."""
+        heard_at = math.inf  # what has never answered is still starting
+        while True:
+            try:
+                return engine.wait(HEARTBEAT_S)
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                self._look()
+                heard_at = time.monotonic()
+            except Exception as error:
+                silent_s = time.monotonic() - heard_at
+                if silent_s > self._max_silence_s and not self._ending.is_set():
+                    logger.error(
+                        "the engine has not answered for %.0f s and is killed: %s", silent_s, error
+                    )
+                    engine.kill()
 
     def end(self) -> None:
         """End the engine: by itself, else by force."""
@@ -85,7 +116,13 @@ def main() -> None:
     logs.set_up(config.log_level, config.log_format)
     command = [sys.executable, "-m", "backend.engine.server"]
     supervisors = [
-        Supervisor([*command, str(index)], name) for index, name in enumerate(config.devices)
+        Supervisor(
+            [*command, str(index)],
+            name,
+            RemoteEngine(config, index, start_s=0).look,
+            config.hang_timeout_s,
+        )
+        for index, name in enumerate(config.devices)
     ]
     keepers = [threading.Thread(target=supervisor.run) for supervisor in supervisors]
     for keeper in keepers:
