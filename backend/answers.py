@@ -34,6 +34,7 @@ def _asked(known: Any) -> dict[str, Any]:
         "options": body["options"],
         "request_id": known.request_id,
         "caller": known.caller.subject,
+        "repeat": body.get("repeat", 1),
         "caller_socket": request.environ.get("gunicorn.socket"),  # other servers keep it
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from backend.errors import InvalidRequest
@@ -15,6 +16,9 @@ MAX_BODY_DEPTH = 2 * MAX_DEPTH
 # An object takes some 10 µs to check, and has 2 values or more: half a second for a body. A batch
 # of CRANE_MAX_BATCH texts fits, whatever the setting.
 MAX_VALUES = 2**17
+# What the inputs of a call come to, in texts of CRANE_MAX_TEXT: by default as many characters as
+# the largest body has bytes, so that no call is more work to read than one that sends it all.
+MAX_TEXTS = 32
 
 
 def check_body(value: Any, at: str) -> None:
@@ -47,3 +51,27 @@ def measure(value: Any, *, max_depth: int, max_values: float = math.inf) -> tupl
             if type(inner) is list or type(inner) is dict
         ]
     return depth, values
+
+
+def text_size(value: Any) -> int:
+    """The characters of all strings in a value of sound depth, keys included; media are none."""
+    if type(value) is str:
+        return len(value)
+    if type(value) is list:
+        return sum(map(text_size, value))
+    if type(value) is dict:
+        return sum(map(len, value)) + sum(map(text_size, value.values()))
+    return 0
+
+
+def long_texts(value: Any, max_text: int, at: str) -> Iterator[tuple[str, int]]:
+    """The path and the length of each string above ``max_text`` characters in a value."""
+    if type(value) is str:
+        if len(value) > max_text:
+            yield at, len(value)
+    elif type(value) is list:
+        for index, one in enumerate(value):
+            yield from long_texts(one, max_text, f"{at}[{index}]")
+    elif type(value) is dict:
+        for key, one in value.items():
+            yield from long_texts(one, max_text, f"{at}.{key[:80]}")

@@ -12,7 +12,7 @@ from socket import socket
 from threading import BoundedSemaphore
 from typing import Any
 
-from backend.bounds import TOO_DEEP, is_deep
+from backend.bounds import MAX_TEXTS, TOO_DEEP, is_deep, long_texts
 from backend.callers import Callers
 from backend.config import Config
 from backend.engine.calls import Answer, Call, Event
@@ -22,7 +22,7 @@ from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
 from backend.registry import Registry
-from backend.schemas import UNCHECKED, check_text, load
+from backend.schemas import UNCHECKED, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
 
@@ -63,16 +63,18 @@ def run_model(
     *,
     request_id: str,
     caller: str = "",
+    repeat: int = 1,
     one_output: bool = False,
     caller_socket: socket | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Run a model on an input, or on each of a list of inputs; return the output and the receipt.
 
+    With ``repeat`` each input has so many outputs, one after another, as if it was sent as often.
     Raises a ``CraneError`` that says what was wrong: ``NotAcceptable`` where ``one_output`` is all
     that can be delivered and there would be several; ``ClientClosedRequest`` where there is a
     ``caller_socket``, and its other end is closed while the model runs.
     """
-    asked = Asked(crane, model_id, input_, options, request_id, caller)
+    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat)
     if one_output:
         asked.check_one_output()
     with crane.media.reading(caller, caller_socket) as reading:
@@ -88,6 +90,7 @@ def stream_model(
     *,
     request_id: str,
     caller: str = "",
+    repeat: int = 1,
     caller_socket: socket | None = None,
 ) -> Generator[Event | None]:
     """Run a model as ``run_model`` does, and tell of it: its events, its ``output``, ``done``.
@@ -95,7 +98,7 @@ def stream_model(
     None says that there was nothing to tell for ``IDLE_S``. Whoever stops listening, by closing
     the generator, stops the work. Raises what ``run_model`` raises, wherever it happens.
     """
-    asked = Asked(crane, model_id, input_, options, request_id, caller)
+    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat)
     with (
         crane.media.reading(caller, caller_socket) as reading,
         closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
@@ -124,6 +127,7 @@ class Asked:
         options: Any,
         request_id: str,
         caller: str,
+        repeat: int,
     ) -> None:
         self._started = time.perf_counter()
         self._config = crane.config
@@ -132,7 +136,8 @@ class Asked:
         self._options = load(self._spec.options_schema, options, "options")
         self._keep_alive_s = self._options.pop("keep_alive")  # which changes no output
         self._input = input_
-        self._batched = type(input_) is list
+        self._repeat = repeat
+        self._batched = type(input_) is list or repeat > 1
         self._request_id = request_id
         self._caller = caller
         self._seeds: list[int] | None = None
@@ -146,8 +151,12 @@ class Asked:
 
     def call(self, reading: Reading, *, stream: bool = False) -> Call:
         """What the engine gets, the input's media read; raises ``InvalidRequest``."""
-        inputs = load_inputs(self._config, self._task, self._input, reading)
-        self._seeds = draw_seeds(self._task, self._options, len(inputs))
+        loaded = load_inputs(self._config, self._task, self._input, self._options, self._repeat)
+        if type(self._input) is list:
+            inputs = reading.read(loaded, "input")
+        else:
+            inputs = [reading.read(loaded[0], "input")]
+        self._seeds = draw_seeds(self._task, self._options, len(inputs) * self._repeat)
         return Call(
             request_id=self._request_id,
             model_id=self._spec.id,
@@ -159,6 +168,7 @@ class Asked:
             keep_alive_s=self._keep_alive_s,
             stream=stream,
             caller=self._caller,
+            repeat=self._repeat,
         )
 
     def shown(self, event: Event) -> Event:
@@ -199,32 +209,70 @@ class Asked:
         return known
 
 
-def load_inputs(config: Config, task: Task, input_: Any, reading: Reading) -> list[Any]:
-    """The inputs of a call, their media read: each item of a list, else the one input."""
+def load_inputs(
+    config: Config, task: Task, input_: Any, options: Mapping[str, Any], repeat: int
+) -> list[Any]:
+    """The inputs of a call, each item of a list or else the one; their media are not read yet.
+
+    Raises ``InvalidRequest`` for what is wrong, and for what the call would come to.
+    """
     if is_deep(input_):
         raise InvalidRequest.of({"input": TOO_DEEP})
-    if type(input_) is not list:
-        loaded = load(task.input, input_, "input")
-        check_text(loaded, max_text=config.max_text, at="input")
-        return [reading.read(loaded, "input")]
-    if not 1 <= len(input_) <= config.max_batch:
-        fault = f"must have 1 to {config.max_batch} items as a batch, not {len(input_)}"
-        raise InvalidRequest.of({"input": fault})
+    batched = type(input_) is list
+    given = input_ if batched else [input_]
+    check_count(config, task, len(given), options, repeat)
     inputs: list[Any] = []
     faults: dict[str, str] = {}
-    for index, one in enumerate(input_):
+    for index, one in enumerate(given):
         try:
-            inputs.append(load(task.input, one, f"input[{index}]"))
+            inputs.append(load(task.input, one, f"input[{index}]" if batched else "input"))
         except InvalidRequest as error:
             faults |= error.details
-            if len(faults) >= MAX_FAULTS - 1 and index + 1 < len(input_):
+            if len(faults) >= MAX_FAULTS - 1 and index + 1 < len(given):
                 faults[f"input[{index + 1}:]"] = UNCHECKED
                 break
     if faults:
         raise InvalidRequest.of(faults)
-    check_text(inputs, max_text=config.max_text, at="input")
-    read: list[Any] = reading.read(inputs, "input")
-    return read
+    check_texts(config.max_text, task, inputs if batched else inputs[0], options, repeat)
+    return inputs
+
+
+def check_count(
+    config: Config, task: Task, count: int, options: Mapping[str, Any], repeat: int
+) -> None:
+    """Refuse a call with more inputs or outputs than ``max_batch``: ``InvalidRequest``."""
+    most = config.max_batch
+    if not 1 <= count * repeat <= most:
+        shown = f"{count * repeat}" if repeat == 1 else f"{count * repeat} ({repeat} of each)"
+        at = "input" if repeat == 1 else "repeat"
+        raise InvalidRequest.of({at: f"must have 1 to {most} items as a batch, not {shown}"})
+    if (outputs := count * repeat * task.outputs(options)) > most:
+        fault = f"comes to {outputs} outputs with {count * repeat} inputs; at most {most} are made"
+        raise InvalidRequest.of({"options.num_images": f"{fault} in a call"})
+
+
+def check_texts(
+    max_text: int, task: Task, loaded: Any, options: Mapping[str, Any], repeat: int
+) -> None:
+    """Refuse texts that are too long, also as the model reads them: ``InvalidRequest``."""
+    found = [*long_texts(options, max_text, "options"), *long_texts(loaded, max_text, "input")]
+    if faults := {at: f"has {length} characters; {_at_most(max_text)}" for at, length in found}:
+        raise InvalidRequest.of(faults)
+    total = 0
+    for index, one in enumerate(loaded if type(loaded) is list else [loaded]):
+        expanded = task.expand(one, options)
+        if expanded.longest > max_text:
+            fault = f"has {expanded.longest} characters as the model reads it, with all its texts "
+            at = f"input[{index}]" if type(loaded) is list else "input"
+            raise InvalidRequest.of({at: f"{fault}and its options'; {_at_most(max_text)}"})
+        total += expanded.characters * repeat
+    if total > MAX_TEXTS * max_text:
+        fault = f"comes to {total} characters, each text counted as often as it is read or written"
+        raise InvalidRequest.of({"input": f"{fault}; {_at_most(MAX_TEXTS * max_text)}"})
+
+
+def _at_most(characters: int) -> str:
+    return f"at most {characters} are allowed"
 
 
 def draw_seeds(task: Task, options: dict[str, Any], count: int) -> list[int] | None:

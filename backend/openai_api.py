@@ -36,7 +36,12 @@ def read(find: Find) -> dict[str, Any]:
     )
     spec = find(load(_NAMED, named)["model"])
     found = g.order = order(route, spec, sent, ROUTES.values())
-    return {"model_id": spec.id, "input": found.input, "options": found.options}
+    return {
+        "model_id": spec.id,
+        "input": found.input,
+        "options": found.options,
+        "repeat": found.repeat,
+    }
 
 
 def run() -> Response | dict[str, Any]:

@@ -68,6 +68,7 @@ def hold(readers: Mapping[str, Reader]) -> None:
     spec = known.spec
     if parts.config.quota == "on":
         count = len(body["input"]) if type(body["input"]) is list else 1
+        count *= body.get("repeat", 1)
         cost = spec.cost.reserve(asked(spec, body["options"]), count)
         known.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
 

@@ -359,18 +359,3 @@ def paths(messages: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at or "body", str(messages[0])
     else:
         yield at or "body", str(messages)
-
-
-def check_text(value: Any, *, max_text: int, at: str) -> None:
-    """Refuse a text longer than ``max_text`` characters in a loaded input of sound depth."""
-    if type(value) is str:
-        if len(value) > max_text:
-            raise InvalidRequest.of(
-                {at: f"has {len(value)} characters; at most {max_text} are allowed"}
-            )
-    elif type(value) is list:
-        for index, one in enumerate(value):
-            check_text(one, max_text=max_text, at=f"{at}[{index}]")
-    elif type(value) is dict:
-        for key, one in value.items():
-            check_text(one, max_text=max_text, at=f"{at}.{key[:80]}")

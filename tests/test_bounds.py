@@ -8,8 +8,10 @@ import json
 import pytest
 from marshmallow import ValidationError
 
+from backend.adapters.echo import Echo
 from backend.bounds import MAX_BODY_DEPTH, MAX_DEPTH, MAX_VALUES, is_deep, measure
 from backend.errors import MAX_FAULTS, MORE, InvalidRequest, did_you_mean
+from backend.models import run_model
 from backend.schemas import Integer, ListOf, ObjectOf, StrictSchema, load
 from backend.tasks import TASKS
 
@@ -249,3 +251,193 @@ def test_a_body_may_have_as_many_values_as_the_largest_batch(make_app):
         f"more than {MAX_VALUES} values"
         in client.post(path, json=body).json["error"]["details"]["body"]
     )
+
+
+# What a call comes to before anything is made of it: of each task what multiplies what. ``of``
+# makes an input and options of two texts, the first of which is read or written ``times`` times.
+def labels(**more):
+    return lambda text, other: ({**more, "labels": [other] * 10}, {"hypothesis_template": text})
+
+
+IMAGE = {"image": "aGk="}
+MULTIPLIES = {
+    "zero-shot-classification": (
+        lambda text, other: ({"text": text, "labels": [other] * 10}, {}),
+        10,
+    ),
+    "zero-shot-classification by its template": (labels(text="a"), 10),
+    "zero-shot-image-classification": (labels(**IMAGE), 10),
+    "zero-shot-audio-classification": (labels(audio="aGk="), 10),
+    "rerank": (lambda text, other: ({"query": text, "documents": [other] * 10}, {}), 10),
+    "fill-mask": (lambda text, other: (f"[MASK] <mask> {text}", {"top_k": 5}), 10),
+    "decision": (
+        lambda text, other: (
+            {"state": text, "questions": [{"name": f"{i}", "type": "noul"} for i in range(10)]},
+            {},
+        ),
+        10,
+    ),
+}
+ONCE = {
+    "echo": lambda text: ({"a": [text]}, {}),
+    "text-generation": lambda text: (text, {}),
+    "chat": lambda text: (chat(TOLD | {"content": text}), {}),
+    "summarization": lambda text: ("a", {"prefix": text}),
+    "translation": lambda text: (text, {"prefix": "a"}),
+    "text2text-generation": lambda text: ("a", {"prefix": text}),
+    "embeddings": lambda text: (text, {}),
+    "text-classification": lambda text: (text, {}),
+    "token-classification": lambda text: (text, {}),
+    "question-answering": lambda text: ({"question": "a", "context": text}, {}),
+    "text-to-image": lambda text: ("a", {"negative_prompt": text, "num_images": 4}),
+    "image-to-image": lambda text: ({**IMAGE, "prompt": text}, {}),
+    "inpainting": lambda text: ({**IMAGE, "mask": "aGk=", "prompt": text}, {}),
+    "text-to-video": lambda text: ({"prompt": "a", "negative_prompt": text}, {}),
+    "image-to-video": lambda text: ({**IMAGE, "prompt": text}, {}),
+    "text-to-3d": lambda text: (text, {}),
+    "text-to-speech": lambda text: (text, {}),
+    "text-to-audio": lambda text: (text, {}),
+    "automatic-speech-recognition": lambda text: ("aGk=", {"language": text}),
+    "image-to-text": lambda text: ("aGk=", {"stop": [text[:900]] * 8}),
+    "image-text-to-text": lambda text: (chat(TOLD | {"content": text}), {}),
+    "visual-question-answering": lambda text: ({**IMAGE, "question": text}, {}),
+    "feature-extraction": lambda text: (text, {}),
+    "zero-shot-object-detection": lambda text: ({**IMAGE, "labels": [text]}, {}),
+    "document-question-answering": lambda text: ({**IMAGE, "question": text}, {}),
+    "table-question-answering": lambda text: (table(["a"], [[text[:9000]]]), {}),
+}
+# Tasks whose input is one medium, and whose options have no text of any length.
+NO_TEXT = {
+    "image-classification",
+    "object-detection",
+    "image-segmentation",
+    "depth-estimation",
+    "audio-classification",
+    "video-classification",
+    "mask-generation",
+    "image-feature-extraction",
+    "keypoint-matching",
+}
+MAX_TEXT = 10_000
+
+
+@pytest.fixture
+def ask(make_app):
+    types = sorted({name.partition(" ")[0] for name in [*MULTIPLIES, *ONCE]})
+    entries = [{"id": t, "type": t} | ({"hf_model": "org/m"} if t != "echo" else {}) for t in types]
+    client = make_app(entries, max_text=MAX_TEXT, max_batch=64).test_client()
+
+    def refusal(task, input_, options):
+        body = {"model_id": task, "input": input_, "options": options}
+        answer = client.post("/crane/run", json=body)
+        assert answer.status_code == 400, answer.json
+        return answer.json["error"]["details"]
+
+    return refusal
+
+
+def test_every_task_is_listed_with_what_it_multiplies():
+    assert {name.partition(" ")[0] for name in MULTIPLIES} | set(ONCE) | NO_TEXT == set(TASKS)
+    for name in TASKS:
+        if name not in {key.partition(" ")[0] for key in MULTIPLIES}:
+            options = TASKS[name].options()
+            templates = [f for f in options.fields.values() if type(f).__name__ == "Template"]
+            assert not templates, name
+
+
+def loaded(task, input_, options):
+    return load(TASKS[task].input, input_), load(TASKS[task].options(), options)
+
+
+@pytest.mark.parametrize("name", MULTIPLIES)
+def test_a_text_counts_as_often_as_it_is_read_or_written(ask, name):
+    of, times = MULTIPLIES[name]
+    task = name.partition(" ")[0]
+
+    place = " {}" if "hypothesis_template" in TASKS[task].options().fields else ""
+
+    def characters(text):
+        return TASKS[task].expand(*loaded(task, *of(text + place, "b"))).characters
+
+    assert characters("x" * 1005) - characters("x" * 5) == times * 1000
+    input_, options = of("x" * (MAX_TEXT - 500) + place, "b")
+    details = ask(task, [input_] * 4, options)  # 4 inputs of 95,000 characters
+    assert "each text counted as often as it is read or written" in details["input"]
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_texts_of_inputs_and_options_count_together(ask, name):
+    of = ONCE[name]
+    expand = TASKS[name].expand
+    few, many = (expand(*loaded(name, *of("x" * size))) for size in (10, 510))
+    times = len(of("x")[1].get("stop", "x"))
+    assert many.sequences == 1
+    assert many.characters == many.longest == few.characters + 500 * times
+
+
+@pytest.mark.parametrize(
+    ("task", "input_", "options", "at"),
+    [
+        ("chat", chat(*[TOLD | {"content": "x" * 999}] * 11), {}, "input"),
+        ("summarization", "x" * 6000, {"prefix": "y" * 6000}, "input"),
+        ("summarization", "x", {"prefix": "y" * 10_001}, "options.prefix"),
+        ("zero-shot-classification", {"text": "x" * 9990, "labels": ["a"]}, {}, "input"),
+        ("rerank", {"query": "x" * 9000, "documents": ["a", "y" * 1001]}, {}, "input"),
+        ("embeddings", ["a", "x" * 10_001], {}, "input[1]"),
+        ("text-generation", ["a", "x" * 5000], {"stop": ["y" * 999] * 8}, "input[1]"),
+        ("text-generation", "a", {"stop": ["y" * 1001]}, "options.stop[0]"),
+        ("text-to-image", ["a"] * 5, {"num_images": 13}, "options.num_images"),
+    ],
+)
+def test_what_a_call_comes_to_is_bounded_before_it_is_made(ask, task, input_, options, at):
+    assert list(ask(task, input_, options)) == [at]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["no place", "{}{}", "{} {0.__class__}", "{0}", "{} {", "{} }", "{{}}", "{}" * 3000, "{!r} {}"],
+)
+@pytest.mark.parametrize(
+    "task",
+    [
+        "zero-shot-classification",
+        "zero-shot-image-classification",
+        "zero-shot-audio-classification",
+    ],
+)
+def test_a_template_has_one_place_for_a_label(task, template):
+    with pytest.raises(InvalidRequest) as caught:
+        load(TASKS[task].options(), {"hypothesis_template": template}, "options")
+    assert list(caught.value.details) == ["options.hypothesis_template"]
+
+
+def test_outputs_of_one_prompt_share_it(make_app, add_task):
+    seen = []
+
+    class Adapter(Echo):
+        def predict(self, batch):
+            seen.append(batch.inputs)
+            return super().predict(batch)
+
+    app = make_app([add_task("keeps", Adapter)])
+    with app.test_request_context():
+        parts = app.extensions["crane"]
+        prompts = [["a" * 999], ["b" * 999]]
+        output, metadata = run_model(parts, "keeps", prompts, {}, request_id="order-17", repeat=3)
+    assert output == [prompts[0]] * 3 + [prompts[1]] * 3
+    assert metadata["batch_size"] == 6
+    [inputs] = seen
+    assert [id(one) for one in inputs] == [id(inputs[0])] * 3 + [id(inputs[3])] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "param"),
+    [("a", 9, "n"), (["a"] * 5, 2, "n"), (["a"] * 9, 1, "prompt"), ([""] * 100_000, 128, "n")],
+)
+def test_n_of_each_prompt_are_counted_before_they_are_made(make_app, prompt, n, param):
+    entries = [{"id": "writer", "type": "text-generation", "hf_model": "org/m"}]
+    client = make_app(entries, max_batch=8).test_client()
+    body = {"model": "writer", "prompt": prompt, "n": n}
+    error = client.post("/v1/completions", json=body).json["error"]
+    assert error["param"] == param
+    assert "must have 1 to 8 items" in error["message"]

@@ -154,7 +154,7 @@ def test_log_probabilities_come_with_the_end():
     ("raised", "message", "param"),
     [
         (OutOfMemory("No room.", retry_after_s=3), "No room.", None),
-        (InvalidRequest.of({"input[1]": "is too long"}), "messages is too long", "messages"),
+        (InvalidRequest.of({"input": "is too long"}), "messages is too long", "messages"),
     ],
 )
 def test_an_error_on_the_way_is_in_openais_shape(raised, message, param):

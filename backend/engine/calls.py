@@ -63,6 +63,7 @@ class Call:
     stream: bool = False  # whether to tell of it before its answer
     # Whose quota the call is on. Models are shared fairly between callers, prefixes not at all.
     caller: str = ""
+    repeat: int = 1  # how often each input is run; its runs are the items one after another
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -127,7 +128,7 @@ class Job:
         self.deadline = self.queued_at + call.timeout_s
         # Items with equal keys may share a batch.
         self.key = call.model_id, orjson.dumps(call.options, option=orjson.OPT_SORT_KEYS)
-        self.items = [Item(self, index) for index in range(len(call.inputs))]
+        self.items = [Item(self, index) for index in range(len(call.inputs) * call.repeat)]
         self._cancelled = False
         self._open = len(self.items)
         self._ended = False
@@ -192,7 +193,7 @@ class Job:
         for item, error in errors:
             if not isinstance(error, InvalidRequest):
                 return error
-            at = f"input[{item.index}]" if len(self.items) > 1 else "input"
+            at = f"input[{item.place}]" if len(self.call.inputs) > 1 else "input"
             for path, fault in error.details.items():
                 faults[path.replace("input", at, 1)] = fault
         return InvalidRequest.of(faults)
@@ -229,8 +230,13 @@ class Item:
         self.timings_ms: dict[str, float] = {}
 
     @property
+    def place(self) -> int:
+        """The index of its input, of which there may be several items."""
+        return self.index // self.job.call.repeat
+
+    @property
     def input(self) -> Any:
-        return self.job.call.inputs[self.index]
+        return self.job.call.inputs[self.place]
 
     @property
     def options(self) -> Mapping[str, Any]:

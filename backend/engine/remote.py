@@ -211,7 +211,7 @@ class SeveralEngines(EngineClient):
         spec = self._registry.get(call.model_id)
         deadline = time.monotonic() + ENGINE_START_S
         while True:
-            with self._placement.place(spec, len(call.inputs)) as chosen:
+            with self._placement.place(spec, len(call.inputs) * call.repeat) as chosen:
                 try:
                     yield from self._engines[chosen.index].stream(call, caller_socket)
                     return

@@ -162,8 +162,9 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Queue every input of a job, or refuse it whole: ``Overloaded``, ``ModelUnavailable``."""
         adapter = self.adapters[job.call.model_id]
+        sizes = [adapter.size(value, job.call.options) for value in job.call.inputs]
         for item in job.items:
-            item.size = adapter.size(item.input, job.call.options)
+            item.size = sizes[item.place]
         with self._changed:
             self._check_open()
             most = self._queue_size - len(self._parked) - len(job.items)

@@ -115,7 +115,7 @@ class Route:
     ``names`` has OpenAI's name of those. ``main`` is the field that the input comes from.
     ``answer`` makes of an output and its receipt a JSON body, or a ``Page``, or ``Media``.
     ``chunks`` makes of a stream's events the lines of OpenAI's stream. ``at`` finds a path of our
-    input in the body.
+    input in the body. One that ``repeats`` answers each input ``n`` times.
     """
 
     path: str
@@ -125,6 +125,7 @@ class Route:
     ask: Callable[[dict[str, Any], ModelSpec], tuple[Any, dict[str, Any]]]
     answer: Callable[[Order, Any, Mapping[str, Any]], Any]
     form: bool = False
+    repeats: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     chunks: Callable[[Order, Iterable[Any], str], Iterator[str]] | None = None
     at: Callable[[str, Order], str] = lambda path, order: in_body(path, order.route.main)
@@ -154,7 +155,12 @@ class Order:
 
     @property
     def batched(self) -> bool:
-        return type(self.input) is list
+        return type(self.input) is list or self.repeat > 1
+
+    @property
+    def repeat(self) -> int:
+        """How many outputs each input has; choice 3 of ``n: 2`` is of the second input."""
+        return int(self.body["n"]) if self.route.repeats else 1
 
     def renamed(self, error: CraneError) -> CraneError:
         """An error of ``run_model`` whose fields have the names that this caller knows."""
@@ -168,7 +174,7 @@ class Order:
     def _at(self, path: str) -> str:
         if found := re.fullmatch(r"options\.(\w+)(.*)", path, re.DOTALL):
             return self.names.get(found[1], found[1]) + found[2]
-        return self.route.at(path, self)
+        return "n" if path == "repeat" else self.route.at(path, self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,15 +117,11 @@ def ask(body: dict[str, Any], spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
         options["response_format"] = {"type": "json_schema", "schema": schema}
     elif wanted["type"] != "text":
         options["response_format"] = {"type": wanted["type"]}
-    input_ = input_of(body, spec)
-    return (input_ if body["n"] == 1 else [input_] * body["n"]), options
+    return input_of(body, spec), options
 
 
 def at(path: str, order: Order) -> str:
-    """All of n copies have the messages of the one that was sent."""
-    if path == "input":
-        return "n" if order.batched else "messages"
-    path = in_body(path.replace(path.split(".")[0], "input", 1), "messages")
+    path = in_body(path, "messages")
     path = path.replace("tool_choice.name", "tool_choice.function.name")
     path = re.sub(r"(\.tool_calls\[\d+\])\.(name|arguments)", r"\1.function.\2", path)
     return path.removesuffix(".image") + ".image_url.url" if path.endswith(".image") else path
@@ -218,4 +214,5 @@ CHAT_COMPLETIONS = Route(
     names={"top_logprobs": "logprobs", "response_format": "response_format"},
     chunks=chunks,
     at=at,
+    repeats=True,
 )

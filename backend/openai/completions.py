@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
 from backend.engine.calls import Event
-from backend.openai.base import Only, Order, Route, TextOrTexts, each, in_body
+from backend.openai.base import Only, Order, Route, TextOrTexts, each
 from backend.openai.streaming import Style, chunks_of
 from backend.openai.writing import Writing, facts, head, usage
 from backend.registry import ModelSpec
@@ -25,21 +24,7 @@ class CompletionBody(Writing):
 
 
 def ask(body: dict[str, Any], spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
-    """Each prompt as often as it is to be continued: choice 3 of ``n: 2`` is of the second."""
-    prompt, copies = body["prompt"], body["n"]
-    options = {"top_logprobs": body["logprobs"]} if "logprobs" in body else {}
-    if type(prompt) is str:
-        return (prompt if copies == 1 else [prompt] * copies), options
-    return [one for one in prompt for _ in range(copies)], options
-
-
-def at(path: str, order: Order) -> str:
-    prompts, copies = order.body["prompt"], order.body["n"]
-    if type(prompts) is str:
-        return "n" if path == "input" and copies > 1 else "prompt"
-    if found := re.fullmatch(r"input\[(\d+)\](.*)", path):
-        return f"prompt[{int(found[1]) // copies}]{found[2]}"
-    return in_body(path, "prompt")
+    return body["prompt"], {"top_logprobs": body["logprobs"]} if "logprobs" in body else {}
 
 
 def logprobs(told: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -92,5 +77,5 @@ COMPLETIONS = Route(
     answer=answer,
     names={"top_logprobs": "logprobs"},
     chunks=chunks,
-    at=at,
+    repeats=True,
 )

@@ -40,7 +40,7 @@ def chunks_of(
     begun = head(style.kind, order.spec.id, request_id)
     # OpenAI's have the key in every chunk where the last one has the usage.
     between = {"usage": None} if wants_usage else {}
-    places = range(len(order.input) if order.batched else 1)
+    places = range(order.repeat * (len(order.input) if type(order.input) is list else 1))
     spoken = set()
 
     def chunk(place: int, choice: Mapping[str, Any]) -> str:

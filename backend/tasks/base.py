@@ -6,11 +6,12 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from marshmallow import ValidationError, fields
 
-from backend.schemas import Bounds, Choice, KeepAlive, ListOf, StrictField, StrictSchema
+from backend.bounds import text_size
+from backend.schemas import Bounds, Choice, KeepAlive, ListOf, StrictField, StrictSchema, Text
 
 MAX_SEED = 2**32 - 1
 
@@ -24,6 +25,46 @@ def about(description: str) -> dict[str, str]:
 
 STAY = about("how long the model stays loaded after this call: seconds, 15m, or -1 for ever")
 TRUNCATE = about("cut an input that is longer than the model's window, instead of refusing it")
+
+
+class Template(Text):
+    """A sentence with ``{}`` where a label goes, once.
+
+    Other braces are refused: ``{0.__class__}`` would mean something to ``str.format``, and each
+    ``{}`` more would multiply the label.
+    """
+
+    def __init__(self, default: str) -> None:
+        metadata = about("a sentence with {} for the label, once")
+        super().__init__(load_default=default, metadata=metadata)
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        value = super()._deserialize(value, attr, data, **kwargs)
+        before, place, after = value.partition("{}")
+        if not place or any(brace in before + after for brace in "{}"):
+            raise ValidationError("must have {} once, where the label goes, and no other braces")
+        return value
+
+
+class Expansion(NamedTuple):
+    """What a model reads for one input: how many sequences, and their characters.
+
+    ``longest`` is the longest sequence's, ``characters`` those of all.
+    """
+
+    sequences: int
+    longest: int
+    characters: int
+
+
+def expansion(lengths: list[int]) -> Expansion:
+    """Of sequences of these lengths, in characters."""
+    return Expansion(len(lengths), max(lengths, default=0), sum(lengths))
+
+
+def one_sequence(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """An input and its options' texts are read once."""
+    return expansion([text_size(value) + sum(map(text_size, options.values()))])
 
 
 class Options(StrictSchema):
@@ -109,7 +150,8 @@ class Task:
     ``(input, options)``. Where an output is ``Media``, ``formats`` has the values of the option
     ``format``, each with its media type. ``dump`` makes of an adapter's output what callers get,
     in the engine, where that is not the output itself; it calls ``check`` between its parts, which
-    raises once nobody waits for them.
+    raises once nobody waits for them. ``expand`` says what an input
+    comes to as the model reads it, before anything is made of it.
     """
 
     name: str
@@ -120,6 +162,8 @@ class Task:
     weights: bool = True  # whether an entry names a model; echo's does not
     formats: Mapping[str, str] = field(default_factory=dict)
     dump: Callable[[Any, Mapping[str, Any], Check], Any] | None = None
+    # Of a loaded input and options; a task that reads some text several times says how often.
+    expand: Callable[[Any, Mapping[str, Any]], Expansion] = one_sequence
 
     def draws(self, options: Mapping[str, Any]) -> bool:
         """Whether anything is drawn at random, so that a seed belongs in the receipt."""

@@ -13,7 +13,7 @@ import numpy as np
 from backend.media.images import encode_image
 from backend.media.parts import AudioField, ImageField, VideoField
 from backend.schemas import ObjectOf, Text
-from backend.tasks.base import Check, Options, Task
+from backend.tasks.base import Check, Options, Task, one_sequence
 from backend.tasks.examples import PICTURE, SOUND
 from backend.tasks.generic_inputs import (
     DecisionInput,
@@ -32,7 +32,9 @@ from backend.tasks.generic_inputs import (
     TableInput,
     TableOptions,
     TextFeatureOptions,
+    state_for_each_question,
 )
+from backend.tasks.vision import labels_in_templates
 
 # Tasks of transformers' pipelines that no model of this service can have, and why.
 NOT_SERVED = {
@@ -66,6 +68,12 @@ _FILM = (
 )
 _LABELS = 'the labels likeliest first, a list of {"label", "score"}'
 
+_EXPAND = {
+    "zero-shot-audio-classification": labels_in_templates,
+    "zero-shot-object-detection": labels_in_templates,
+    "decision": state_for_each_question,
+}
+
 GENERIC = [
     Task(
         name=name,
@@ -74,6 +82,7 @@ GENERIC = [
         output=output,
         example=example,
         dump=dump_generic,
+        expand=_EXPAND.get(name, one_sequence),
     )
     for name, input_, options, output, example in (
         (

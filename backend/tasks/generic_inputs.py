@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from marshmallow import ValidationError, validates, validates_schema
 from marshmallow.validate import Length
 
+from backend.bounds import text_size
 from backend.media.parts import AudioField, ImageField
 from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
-from backend.tasks.base import TRUNCATE, Options, about
+from backend.tasks.base import TRUNCATE, Expansion, Options, Template, about, expansion
 
 # What a checkpoint's scores are made of, where it does not say so itself.
 ACTIVATIONS = ["softmax", "sigmoid", "none"]
@@ -51,19 +53,11 @@ class SoundLabelsInput(StrictSchema):
 
 
 class SoundLabelsOptions(Options):
-    hypothesis_template = Text(
-        load_default="This is a sound of {}.",
-        metadata=about("a sentence with {} for the label"),
-    )
+    hypothesis_template = Template("This is a sound of {}.")
     truncate = Boolean(
         load_default=False,
         metadata=about("hear the beginning of a sound that is too long, instead of refusing it"),
     )
-
-    @validates("hypothesis_template")
-    def _has_a_place(self, value: str, **kwargs: Any) -> None:
-        if "{}" not in value:
-            raise ValidationError("must have {} where the label goes")
 
 
 class MaskOptions(Options):
@@ -203,3 +197,8 @@ class DecisionInput(StrictSchema):
         names = [question["name"] for question in value]
         if len(set(names)) < len(names):
             raise ValidationError("must have names that differ from each other")
+
+
+def state_for_each_question(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """What is to be decided on is read with each question."""
+    return expansion([len(value["state"]) + text_size(one) for one in value["questions"]])

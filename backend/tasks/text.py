@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from marshmallow import ValidationError, pre_load, validates_schema
+from marshmallow.validate import Length
 
 from backend.errors import did_you_mean
 from backend.schemas import (
@@ -44,7 +45,7 @@ class GenerationOptions(Options):
         low=0, high=1000, load_default=0, metadata=about("likeliest tokens to draw from; 0 is all")
     )
     stop = ListOf(
-        Text(blank=True),
+        Text(blank=True, validate=Length(max=1000, error="must have {max} characters at most")),
         high=8,
         load_default=list,
         metadata=about("strings that end the text; none of them is part of it"),

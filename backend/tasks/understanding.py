@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import ValidationError, validates
-
 from backend.schemas import Boolean, Choice, Integer, ListOf, ObjectOf, StrictSchema, Text
-from backend.tasks.base import TRUNCATE, Options, Task, about
+from backend.tasks.base import TRUNCATE, Expansion, Options, Task, Template, about, expansion
 
 
 class EmbeddingOptions(Options):
@@ -64,15 +64,8 @@ class ZeroShotOptions(Options):
     multi_label = Boolean(
         load_default=False, metadata=about("score each label by itself; else they sum to 1")
     )
-    hypothesis_template = Text(
-        load_default="This example is {}.", metadata=about("a sentence with {} for the label")
-    )
+    hypothesis_template = Template("This example is {}.")
     truncate = Boolean(load_default=False, metadata=TRUNCATE)
-
-    @validates("hypothesis_template")
-    def _has_a_place(self, value: str, **kwargs: Any) -> None:
-        if "{}" not in value:
-            raise ValidationError("must have {} where the label goes")
 
 
 class TokenClassificationOptions(Options):
@@ -102,6 +95,23 @@ class FillMaskOptions(Options):
     truncate = Boolean(load_default=False, metadata=TRUNCATE)
 
 
+def pairs_with_labels(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """A text is read with each of its labels, in the template."""
+    beside = len(value["text"]) + len(options["hypothesis_template"])
+    return expansion([beside + len(label) for label in value["labels"]])
+
+
+def pairs_with_documents(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """A query is read with each of its documents."""
+    return expansion([len(value["query"]) + len(one) for one in value["documents"]])
+
+
+def texts_of_guesses(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """Each guess at a mask comes back as a whole text."""
+    guesses = max(1, len(re.findall(r"\[MASK\]|<mask>", value))) * options["top_k"]
+    return Expansion(1, len(value), guesses * len(value))
+
+
 EMBEDDINGS = Task(
     name="embeddings",
     input=Text(),
@@ -121,6 +131,7 @@ RERANK = Task(
         },
         {"top_n": 1},
     ),
+    expand=pairs_with_documents,
 )
 TEXT_CLASSIFICATION = Task(
     name="text-classification",
@@ -138,6 +149,7 @@ ZERO_SHOT_CLASSIFICATION = Task(
         {"text": "The match went to penalties.", "labels": ["sport", "politics"]},
         {"multi_label": False},
     ),
+    expand=pairs_with_labels,
 )
 TOKEN_CLASSIFICATION = Task(
     name="token-classification",
@@ -165,4 +177,5 @@ FILL_MASK = Task(
     options=FillMaskOptions,
     output='for each mask its likeliest tokens, a list of {"mask", "token", "score", "text"}',
     example=("Paris is the [MASK] of France.", {"top_k": 3}),
+    expand=texts_of_guesses,
 )

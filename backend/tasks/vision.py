@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from marshmallow import ValidationError, validates
 
 from backend.media import Media
 from backend.media.images import IMAGE_FORMATS, encode_image
 from backend.media.parts import ImageField
 from backend.schemas import Boolean, Choice, Integer, ListOf, Number, ObjectOf, StrictSchema, Text
-from backend.tasks.base import TRUNCATE, Check, Options, Task, about
+from backend.tasks.base import (
+    TRUNCATE,
+    Check,
+    Expansion,
+    Options,
+    Task,
+    Template,
+    about,
+    expansion,
+)
 from backend.tasks.examples import PICTURE
 
 SUBTASKS = ["panoptic", "instance", "semantic"]
@@ -34,16 +42,8 @@ class ZeroShotImageInput(StrictSchema):
 
 
 class ZeroShotImageOptions(Options):
-    hypothesis_template = Text(
-        load_default="This is a photo of {}.",
-        metadata=about("a sentence with {} for the label"),
-    )
+    hypothesis_template = Template("This is a photo of {}.")
     truncate = Boolean(load_default=False, metadata=TRUNCATE)
-
-    @validates("hypothesis_template")
-    def _has_a_place(self, value: str, **kwargs: Any) -> None:
-        if "{}" not in value:
-            raise ValidationError("must have {} where the label goes")
 
 
 class DetectionOptions(Options):
@@ -95,6 +95,12 @@ def dump_depth(pixels: np.ndarray, options: Mapping[str, Any], check: Check) -> 
     return encode_image(pixels, options["format"])
 
 
+def labels_in_templates(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """Each label is read in the template, where there is one."""
+    around = len(options.get("hypothesis_template", ""))
+    return expansion([around + len(label) for label in value["labels"]])
+
+
 IMAGE_CLASSIFICATION = Task(
     name="image-classification",
     input=ImageField(),
@@ -108,6 +114,7 @@ ZERO_SHOT_IMAGE_CLASSIFICATION = Task(
     options=ZeroShotImageOptions,
     output='the labels likeliest first, a list of {"label", "score"}',
     example=({"image": PICTURE, "labels": ["a flag", "a cat"]}, {}),
+    expand=labels_in_templates,
 )
 OBJECT_DETECTION = Task(
     name="object-detection",
