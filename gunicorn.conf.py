@@ -10,34 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 from gunicorn import glogging
 
-from backend.config import Config
+from backend.config import Config, is_loopback
 from backend.cores import allowed, stay_on, take_turns
+from backend.data_folder import DataFolderError, make_run_folder, prepare
 from backend.engine.devices import found
 from backend.logs import logging_config
-from backend.private import private_folder
+from backend.private import write_private
 from backend.registry import Registry
 from backend.server.worker import Worker
 
 HERE = Path(__file__).resolve().parent
-UNIX_PATH_MAX = 107  # bytes in sockaddr_un; the longest names we put in the folder have 14
 
 os.environ.setdefault("CRANE_ENGINE", "process")
-
-
-def socket_folder(data_dir: Path) -> Path:
-    """A private folder for the engine's sockets, in the data folder unless that is too deep."""
-    run = private_folder(data_dir.resolve()) / "run"
-    if len(bytes(run)) + len("/crane-xxxxxxxx/placement.lock") <= UNIX_PATH_MAX:
-        run.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="crane-", dir=run))
-    return Path(tempfile.mkdtemp(prefix="crane-"))
 
 
 class Logger(glogging.Logger):
@@ -78,18 +68,30 @@ logconfig_dict = logging_config(settings.log_level, settings.log_format)
 
 _supervisor: subprocess.Popen[bytes] | None = None
 _sockets: Path | None = None
+_lock: int | None = None  # on the folder above: its inheritors live in it
 
 
 def with_path(environ):
     return {**environ, "PYTHONPATH": f"{HERE}{os.pathsep}{environ.get('PYTHONPATH', '')}"}
 
 
+def on_starting(server):
+    """Say in a line why the service cannot keep its data, before anything is started."""
+    try:
+        prepare(settings.data_dir)
+    except DataFolderError as error:
+        sys.exit(str(error))
+
+
 def when_ready(server):
-    global _supervisor, _sockets
+    global _supervisor, _sockets, _lock
     take_turns()
     # A reload reads this file anew, and would leave the engine with the settings of before.
     signal.signal(signal.SIGHUP, lambda *_: server.log.warning("HUP is ignored: restart instead"))
-    _sockets = socket_folder(settings.data_dir)
+    try:
+        _sockets, _lock = make_run_folder(settings.data_dir)
+    except DataFolderError as error:
+        sys.exit(str(error))
     # Where the HTTP workers count together; new at each start, for a counter begins at 0.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_sockets / "metrics")
     (_sockets / "metrics").mkdir()
@@ -97,31 +99,54 @@ def when_ready(server):
         os.environ["CRANE_ENGINE_SOCKET"] = str(_sockets / "engine.sock")
         # What each process would have to find out by itself.
         os.environ["CRANE_DEVICES"] = ",".join(found(settings.devices))
-        settings.engine_file.write_text(
-            "{CRANE_DEVICES}\n{CRANE_ENGINE_SOCKET}".format(**os.environ)
+        write_private(
+            settings.engine_file, "{CRANE_DEVICES}\n{CRANE_ENGINE_SOCKET}".format(**os.environ)
         )
         _supervisor = subprocess.Popen(
             [sys.executable, "-m", "backend.engine.supervisor"],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for the HTTP workers, which drain first
             env=with_path(os.environ),
+            pass_fds=(_lock,),  # engines live in the folder, and may outlive a killed master
         )
-    host, port = server.LISTENERS[0].sock.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    key = first_key() if settings.needs_keys else ""
-    if key:
-        print(f"\nCallers need an API key here. This is the first, shown this once:\n\n{key}\n")
-    header = f"  -H 'Authorization: Bearer {key or 'YOUR_KEY'}' \\\n" if settings.needs_keys else ""
+    greet(server)
+
+
+def greet(server):
+    """Print where the service listens, a call to try, and where its first key is."""
+    listeners = [listener.sock.getsockname() for listener in server.LISTENERS]
+    # Each call is looked at by itself, too; see backend/locality.py.
+    needs_keys = settings.auth == "required" or (
+        settings.auth == "auto" and not all(map(is_loopback_socket, listeners))
+    )
+    file = first_key_file() if needs_keys else ""
+    if file:
+        print(
+            f"\nCallers need an API key here. The first one, an admin's, is in {file}\n"
+            "Only this service's user can read that file. Keep the key elsewhere, and delete it."
+        )
+    scheme = "https" if server.cfg.is_ssl else "http"
+    name = listeners[0]
+    if isinstance(name, tuple):
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        address, curl = f"{scheme}://{host}:{name[1]}", "curl"
+    else:
+        address, curl = f"{scheme}://localhost", f"curl --unix-socket {name}"
+    header = "  -H 'Authorization: Bearer YOUR_KEY' \\\n" if needs_keys else ""
     print(
         f"\nCrane listens at {address}. Try it:\n\n"
-        f"curl {address}/crane/run -H 'Content-Type: application/json' \\\n{header}"
+        f"{curl} {address}/crane/run -H 'Content-Type: application/json' \\\n{header}"
         '  -d \'{"model_id": "text-embedder-v1", "input": "Cranes dance."}\'\n',
         flush=True,
     )
 
 
-def first_key():
-    """A key where none was ever made; by a process of its own, which a database's client is in."""
+def is_loopback_socket(name):
+    return isinstance(name, tuple) and is_loopback(name[0])
+
+
+def first_key_file():
+    """The file with a key, where none was ever made; by a process with a database's client."""
     done = subprocess.run(
         [sys.executable, "-m", "backend.keys"],
         env=with_path(os.environ),

@@ -49,7 +49,7 @@ def create_app(config: Config | None = None) -> Flask:
         registry=registry,
         engine=engine,
         media=MediaReader(config),
-        callers=Callers(config, keys, meter),
+        callers=Callers(config, keys),
         meter=meter,
         places=places,
     )

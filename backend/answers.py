@@ -14,6 +14,7 @@ from backend.http import add_headers, crane, internal_error, to_json
 from backend.models import run_model, stream_model
 from backend.quota_api import release_permit, settle_stream
 from backend.sse import EVENT_STREAM, IDLE, event
+from backend.visibility import visible_error, visible_weights
 
 Writer = Callable[[Iterator[Event | None], str], Iterator[str]]
 
@@ -41,8 +42,13 @@ def _asked(known: Any) -> dict[str, Any]:
 
 def _note(known: Any, metadata: dict[str, Any]) -> None:
     """Keep what is settled and logged of a call."""
+    _hide(known, metadata)
     known.usage = metadata["usage"]
     known.log |= {name: metadata[name] for name in ("timings_ms", "batch_size")}
+
+
+def _hide(known: Any, metadata: dict[str, Any]) -> None:
+    metadata["hf_model"] = visible_weights(known.caller, metadata["hf_model"])
 
 
 def write_events(events: Iterator[Event | None], request_id: str) -> Iterator[str]:
@@ -70,6 +76,8 @@ def streamed(
 
     def seen() -> Iterator[Event | None]:
         for told in chain([first], events):
+            if told is not None and told.kind == "start":
+                _hide(known, told.data["metadata"])
             if told is not None and told.kind == "done":
                 _note(known, told.data["metadata"])
             yield told
@@ -84,8 +92,8 @@ def streamed(
         except ClientClosedRequest:
             pass
         except CraneError as error:
-            failed = error
-            yield write_error(error, known.request_id)
+            failed = visible_error(known.caller, parts.registry, error)
+            yield write_error(failed, known.request_id)
         except Exception as error:
             failed = internal_error(error, known.request_id)
             yield write_error(failed, known.request_id)

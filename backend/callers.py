@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import logging
 import math
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 
-from backend.config import Config, is_loopback
+from backend.browsers import Browsers
+from backend.config import Config
 from backend.errors import Forbidden, InvalidApiKey, RateLimitExceeded
 from backend.keys import Key, Keys, looks_like_key
-from backend.meter import Meter
-from backend.quota.tiers import UNIT, Limit, Tier
+from backend.locality import Environ, forwarding_header, is_from_loopback, is_local
+from backend.quota.tiers import Tier
 
 logger = logging.getLogger("crane.callers")
 
-# Nobody mistypes a key ten times a minute; and of 190 random bits, ten guesses find none.
-WRONG_KEYS = Tier("wrong keys", (Limit("rate", 10, 60),), 1000)
-# A key that was right here lately goes on working for an address that others send wrong ones from.
-TRUSTED_S = 600
-MAX_TRUSTED = 10_000
+# Nobody mistypes a key ten times a minute. Of 190 random bits no number of guesses finds any: this
+# is for clients with a wrong key, so that they notice and slow down.
+MAX_WRONG_KEYS = 10
+WINDOW_S = 60.0
+MAX_ADDRESSES = 10_000  # of which wrong keys are counted; the one that began first is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,98 +36,127 @@ class Caller:
     models: frozenset[str] | None = None
     admin: bool = False
 
+    @property
+    def is_keyless(self) -> bool:
+        """Whether the caller was let in without a key: from this host, or CRANE_AUTH is off."""
+        return self.key_id is None
+
     def check_admin(self) -> None:
         """Raises ``Forbidden`` for whoever may not load and unload models."""
         if not self.admin:
             raise Forbidden(
                 "Only an admin's key may do this: flask --app wsgi crane keys create --admin makes "
-                "one. Where no key is needed, calls from this very host may."
+                "one, where CRANE_AUTH is not off. On the service's own host, flask --app wsgi "
+                "crane models does the same without a key."
             )
 
     def may_use(self, model_id: str) -> bool:
         return self.models is None or model_id in self.models
 
     def check_may_use(self, model_id: str) -> None:
+        """Raises ``Forbidden``, of a model that is not there as of one that is not to be used."""
         if not self.may_use(model_id):
             allowed = ", ".join(sorted(self.models or ())) or "none"
-            raise Forbidden(f"This key may not use {model_id}. It may use: {allowed}.")
+            raise Forbidden(f"This key may not use {model_id[:100]}. It may use: {allowed}.")
 
 
 class Callers:
-    """Finds a request's caller by its headers and address."""
+    """Finds a request's caller by its connection and headers."""
 
-    def __init__(self, config: Config, keys: Keys, meter: Meter) -> None:
+    def __init__(self, config: Config, keys: Keys) -> None:
         self._config = config
-        self._needs_keys = config.needs_keys
         self._keys = keys
-        self._meter = meter
-        self._trusted: OrderedDict[bytes, float] = OrderedDict()
-        self._lock = threading.Lock()  # of the line above
+        self._browsers = Browsers(config)
+        self._wrong = WrongKeys()
+        self._proxy_was_noted = False
 
-    def identify(self, *, authorization: str | None, api_key: str | None, address: str) -> Caller:
-        """The caller, by two headers and an address.
+    def identify(self, environ: Environ) -> Caller:
+        """The caller of a WSGI request.
 
-        Raises ``InvalidApiKey``, or ``RateLimitExceeded`` after too many wrong keys. Where no key
-        is needed, what does not look like one of ours is taken for none: some clients must send
-        something.
+        Raises ``InvalidApiKey``, ``RateLimitExceeded`` after many wrong keys, ``KeysUnavailable``,
+        and ``Forbidden`` for web pages that have no business here. Where no key is needed, what
+        does not look like one of ours is taken for none: some clients must send something.
         """
-        if self._config.auth == "off" or not (
-            self._needs_keys or _looks_like_ours(authorization, api_key)
-        ):
-            return Caller(
-                f"address:{_network(address)}",
-                self._config.tiers["free"],
-                admin=is_loopback(address),
-            )
+        authorization = environ.get("HTTP_AUTHORIZATION")
+        api_key = environ.get("HTTP_X_API_KEY")
+        if self._needs_no_key(environ, authorization, api_key):
+            return self._keyless(environ)
         text = _key_of(authorization, api_key)
         if text is None:
             raise InvalidApiKey("An API key is needed: send it as Authorization: Bearer crane_….")
-        key = self._find(text, address)
+        key = self._find(text, environ)
         tier = self._config.tiers.get(key.tier)
         if tier is None:
             logger.error("a key's tier is not among CRANE_TIERS: %s", key.tier)
             tier = self._config.tiers["free"]
         return Caller(f"key:{key.id}", tier, key.id, key.models, key.admin)
 
-    def _find(self, text: str, address: str) -> Key:
-        if key := self._keys.seen(text):
-            return key
-        # Never the key itself: nothing of it is kept longer than the request.
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        subject = f"wrong:{_network(address)}"
-        if not self._is_trusted(digest):
-            standing = self._meter.look(subject, WRONG_KEYS)
-            if standing is not None and standing.left[0] < UNIT:
-                raise _too_many(standing.reset_ms[0] / 1000)
+    def identify_watcher(self, environ: Environ) -> Caller:
+        """Who looks at the service's condition: from this very host, always without a key."""
+        if "HTTP_AUTHORIZATION" in environ or "HTTP_X_API_KEY" in environ or not is_local(environ):
+            return self.identify(environ)
+        return self._keyless(environ)
+
+    def _needs_no_key(
+        self, environ: Environ, authorization: str | None, api_key: str | None
+    ) -> bool:
+        if self._config.auth == "off":
+            return True
+        if self._config.auth == "required" or _looks_like_ours(authorization, api_key):
+            return False
+        return is_local(environ) or self._note_proxy(environ)
+
+    def _keyless(self, environ: Environ) -> Caller:
+        self._browsers.check(environ)
+        return Caller(f"address:{_network(_address(environ))}", self._config.tiers["free"])
+
+    def _note_proxy(self, environ: Environ) -> bool:
+        """Say once why callers on this host need keys; False."""
+        if not (self._proxy_was_noted or self._config.trusted_proxies):
+            header = forwarding_header(environ)
+            if header is not None and is_from_loopback(environ):
+                self._proxy_was_noted = True
+                logger.warning(
+                    "a proxy on this host passes calls on (%s): they are not this host's own and "
+                    "need an API key (flask --app wsgi crane keys create); so that clients are "
+                    "told apart, CRANE_TRUSTED_PROXIES must say how many proxies there are",
+                    header,
+                )
+        return False
+
+    def _find(self, text: str, environ: Environ) -> Key:
+        # Right keys first: none of them waits for, or is counted with, what is wrong.
         key = self._keys.find(text)
-        if key is None:
-            # Only now: calls with a right key, however many at once, are no attempts to find one.
-            try:
-                attempt = self._meter.let_in(subject, WRONG_KEYS, UNIT)
-            except RateLimitExceeded as error:
-                raise _too_many(error.retry_after_s or 1) from None
-            if attempt is not None:
-                self._meter.settle(attempt, UNIT)
-            raise InvalidApiKey("This API key is not valid: it is wrong, expired or revoked.")
-        self._trust(digest)
-        return key
+        if key is not None:
+            return key
+        wait_s = self._wrong.count(_network(_address(environ)))
+        if wait_s is not None:
+            raise RateLimitExceeded(
+                f"Too many wrong API keys came from this address, and this one is wrong too; try "
+                f"another in {math.ceil(wait_s)} s.",
+                retry_after_s=wait_s,
+            )
+        raise InvalidApiKey("This API key is not valid: it is wrong, expired or revoked.")
 
-    def _is_trusted(self, digest: bytes) -> bool:
+
+class WrongKeys:
+    """Counts each address's wrong keys in this process. What it forgets is only answered sooner."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[float, int]] = {}  # when a window began, and how many since
+        self._lock = threading.Lock()  # so that a count and its check are one step
+
+    def count(self, network: str) -> float | None:
+        """Count one; seconds until there may be more, where it is one too many."""
+        now = time.monotonic()
         with self._lock:
-            return time.monotonic() - self._trusted.get(digest, -math.inf) < TRUSTED_S
-
-    def _trust(self, digest: bytes) -> None:
-        with self._lock:
-            self._trusted[digest] = time.monotonic()
-            self._trusted.move_to_end(digest)
-            if len(self._trusted) > MAX_TRUSTED:
-                self._trusted.popitem(last=False)
-
-
-def _too_many(wait_s: float) -> RateLimitExceeded:
-    wait_s = math.ceil(wait_s)
-    message = f"Too many wrong API keys came from this address; try again in {wait_s} s."
-    return RateLimitExceeded(message, retry_after_s=wait_s)
+            began, count = self._counts.get(network, (now, 0))
+            if now - began >= WINDOW_S:
+                began, count = now, 0
+            self._counts[network] = (began, count + 1)
+            if len(self._counts) > MAX_ADDRESSES:
+                del self._counts[next(iter(self._counts))]
+        return WINDOW_S - (now - began) if count >= MAX_WRONG_KEYS else None
 
 
 def _looks_like_ours(authorization: str | None, api_key: str | None) -> bool:
@@ -146,6 +174,11 @@ def _key_of(authorization: str | None, api_key: str | None) -> str | None:
     if api_key is not None and api_key.strip() != text.strip():
         raise InvalidApiKey("Authorization and X-API-Key hold different keys: send one.")
     return text.strip()
+
+
+def _address(environ: Environ) -> str:
+    address: str = environ.get("REMOTE_ADDR", "")
+    return address
 
 
 @lru_cache(4096)

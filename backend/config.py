@@ -126,6 +126,17 @@ def origins(text: str) -> tuple[str, ...]:
     return names
 
 
+def host_names(text: str) -> tuple[str, ...]:
+    """``*`` alone, or a comma-separated list of names such as ``crane.example.com``, no ports."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if not re.fullmatch(r"\*|[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+", name):
+            raise ValueError(f"{name!r} is not a name such as crane.example.com, without a port")
+    if "*" in names and len(names) > 1:
+        raise ValueError("must be '*' alone or a list of names")
+    return names
+
+
 def database_url(text: str) -> str:
     """A URL of PostgreSQL. Strict, so that no part of a password can pass for a host."""
     user = r"(?:[^\s@/?#:]*(?::[^\s@/?#:]*)?@)?"
@@ -236,6 +247,7 @@ class Config:
     redis_url: str | None = _setting("REDIS_URL", redis_url, None, secret=True)
     trusted_proxies: int = _setting("TRUSTED_PROXIES", whole(0, 10), 0)
     allowed_origins: tuple[str, ...] = _setting("ALLOWED_ORIGINS", origins, ())
+    allowed_hosts: tuple[str, ...] = _setting("ALLOWED_HOSTS", host_names, ())
     log_level: str = _setting("LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
     log_format: str = _setting("LOG_FORMAT", one_of("auto", "json", "console"), "auto")
 
@@ -315,14 +327,6 @@ class Config:
     def engine_file(self) -> Path:
         """Where the running service says which its engine's socket is."""
         return self.data_dir / "engine"
-
-    @property
-    def needs_keys(self) -> bool:
-        """Whether a caller must have a key: unless told, where others than this host may call."""
-        if self.auth == "auto":
-            host = self.bind.rpartition(":")[0].strip("[]")
-            return host != "localhost" and not is_loopback(host)
-        return self.auth == "required"
 
     @property
     def engine_sockets(self) -> list[Path]:

@@ -16,6 +16,7 @@ from backend.registry import ModelSpec
 from backend.schemas import RunRequest
 from backend.schemas import load as load_body
 from backend.tasks import TASKS
+from backend.visibility import find_model, visible_models, visible_weights, without_hidden
 
 bp = Blueprint("crane", __name__, url_prefix="/crane")
 
@@ -46,15 +47,12 @@ def run() -> Response | dict[str, Any]:
 @bp.get("/models")
 def models() -> dict[str, Any]:
     states = model_states()
-    allowed = [spec for spec in crane().registry if g.caller.may_use(spec.id)]
-    return {"models": [describe(spec, states.get(spec.id, {})) for spec in allowed]}
+    return {"models": [shown(spec, states) for spec in visible_models(g.caller, crane().registry)]}
 
 
 @bp.get("/models/<model_id>")
 def model(model_id: str) -> dict[str, Any]:
-    spec = crane().registry.get(model_id)
-    g.caller.check_may_use(spec.id)
-    return describe(spec, model_states().get(spec.id, {}))
+    return shown(find_model(g.caller, crane().registry, model_id), model_states())
 
 
 @bp.post("/models/<model_id>/load")
@@ -62,7 +60,7 @@ def load(model_id: str) -> dict[str, Any]:
     """Load a model, as its next call would; an admin's."""
     spec = administered(model_id)
     crane().engine.load(spec.id)
-    return describe(spec, model_states().get(spec.id, {}))
+    return shown(spec, model_states())
 
 
 @bp.post("/models/<model_id>/unload")
@@ -70,13 +68,12 @@ def unload(model_id: str) -> tuple[dict[str, Any], int]:
     """Unload a model when its calls are done; 202 while they are not."""
     spec = administered(model_id)
     gone = crane().engine.unload(spec.id)
-    return describe(spec, model_states().get(spec.id, {})), 200 if gone else 202
+    return shown(spec, model_states()), 200 if gone else 202
 
 
 def administered(model_id: str) -> ModelSpec:
-    spec = crane().registry.get(model_id)
-    g.caller.check_may_use(spec.id)
     g.caller.check_admin()
+    spec = find_model(g.caller, crane().registry, model_id)
     g.log["model_id"] = spec.id
     return spec
 
@@ -90,8 +87,14 @@ def model_states() -> dict[str, Any]:
     return states
 
 
+def shown(spec: ModelSpec, states: dict[str, Any]) -> dict[str, Any]:
+    """A model as this request's caller may see it."""
+    status = without_hidden(g.caller, crane().registry, states.get(spec.id, {}))
+    return {**describe(spec, status), "hf_model": visible_weights(g.caller, spec.hf_model)}
+
+
 def describe(spec: ModelSpec, status: dict[str, Any]) -> dict[str, Any]:
-    """A model as callers see it: what to send it, what comes back, and where it stands."""
+    """A model as an operator sees it: what to send it, what comes back, and where it stands."""
     task = TASKS[spec.type]
     input_, options = task.example
     return {

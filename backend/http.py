@@ -29,6 +29,7 @@ from backend.errors import (
 from backend.media import Media
 from backend.models import Crane
 from backend.openai.errors import error_of
+from backend.visibility import visible_error
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -177,6 +178,7 @@ def finish(response: Response) -> Response:
 
 def render(error: CraneError) -> Response:
     g.log["error"] = error.code
+    error = visible_error(g.get("caller"), crane().registry, error)
     openai = request.path.startswith("/v1/")
     response = jsonify(error_of(error) if openai else error_body(error, g.request_id))
     response.status_code = error.status

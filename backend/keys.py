@@ -28,7 +28,8 @@ from backend.key_text import (
     new_id,
     new_text,
 )
-from backend.private import kept_secret
+from backend.lookups import Lookups
+from backend.private import kept_secret, write_private
 
 if TYPE_CHECKING:
     from backend.store import Store
@@ -40,6 +41,8 @@ __all__ = ["Key", "KeyEnded", "Keys", "UnknownKey", "looks_like_key"]
 CACHE_S = 3.0  # a revoked key stops within this and the time of one read
 CACHE_SIZE = 10_000  # keys; the one that was read the longest ago makes room
 USED_EVERY_S = 60.0
+FIRST_KEY_FILE = "first-key"  # in the data folder
+_NO_MAC = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +96,11 @@ class Keys:
         self._config = config
         self._now = now
         self._lock = threading.Lock()  # so that there is one store, and the tables keep their size
-        self._opened: tuple[Store, bytes] | None = None
+        self._opened: tuple[Store, bytes, Lookups] | None = None
         self._seen: dict[str, _Seen] = {}
         self._digest_key = secrets.token_bytes(32)  # so that digests are no use elsewhere
         self._used: dict[str, float] = {}
+        self._wrong: dict[bytes, float] = {}  # digests of texts that were no key, and when
         self._warned = False
 
     def find(self, text: str) -> Key | None:
@@ -107,10 +111,16 @@ class Keys:
         # Where it is another secret than the one that was seen, it may have been rotated just now.
         if key := self.seen(text):
             return key
+        digest = self._digest(text)
+        if monotonic() - self._wrong.get(digest, -CACHE_S) < CACHE_S:
+            return None
         with _available():
-            store, pepper = self._open()
-            seen = self._read(store, pepper, id_)
-        return self._right(seen, text)
+            _, pepper, lookups = self._open()
+            key = self._right(self._read(lookups, pepper, id_), text)
+        if key is None:
+            with self._lock:
+                _put(self._wrong, digest, monotonic())
+        return key
 
     def seen(self, text: str) -> Key | None:
         """The key that ``text`` is, where that was found out a moment ago; waits for nothing."""
@@ -130,7 +140,7 @@ class Keys:
     ) -> tuple[Key, str]:
         """Make a key; the text is told here and never again."""
         with _available():
-            store, pepper = self._open()
+            store, pepper, _ = self._open()
             only = None if models is None else sorted(models)
             row, text = self._made(
                 pepper, owner=owner, tier=tier, expires_at=expires_at, models=only, admin=admin
@@ -138,14 +148,17 @@ class Keys:
             store.add_key(row)
         return _key(row), text
 
-    def create_first(self, *, owner: str, tier: str) -> str | None:
-        """Make an admin's key where no key was ever made; of all that race, one gets a text."""
+    def create_first(self, *, owner: str, tier: str, keep: Callable[[str], None]) -> Key | None:
+        """Make an admin's key where no key was ever made; of all that race, one does.
+
+        ``keep`` gets the text before the key is there. Where it raises, there is none.
+        """
         with _available():
-            store, pepper = self._open()
+            store, pepper, _ = self._open()
             if store.has_keys():
                 return None
             row, text = self._made(pepper, owner=owner, tier=tier, admin=True)
-            return text if store.add_first_key(row) else None
+            return _key(row) if store.add_first_key(row, lambda: keep(text)) else None
 
     def list(self) -> list[Key]:
         """All keys that were ever made, the oldest first."""
@@ -155,7 +168,7 @@ class Keys:
     def revoke(self, id: str) -> Key:
         """Make a key stop working, for good. Raises ``UnknownKey``."""
         with _available():
-            store, _ = self._open()
+            store, _, _ = self._open()
             row = None
             if is_id(id):  # a database may refuse to look for what is none
                 row = store.change_key(id, revoked_at=self._now()) or store.key(id)
@@ -168,7 +181,7 @@ class Keys:
         """Give a key a new secret; the old one stops. Raises ``UnknownKey`` and ``KeyEnded``."""
         text = new_text(id)
         with _available():
-            store, pepper = self._open()
+            store, pepper, _ = self._open()
             row = store.key(id) if is_id(id) else None
             if row is None:
                 raise UnknownKey(id)
@@ -186,12 +199,16 @@ class Keys:
         if opened is not None:
             opened[0].close()
 
-    def _right(self, seen: _Seen | None, text: str) -> Key | None:
-        if seen is None:
-            return None
-        store, pepper = self._open()
+    def _digest(self, text: str) -> bytes:
         # OpenSSL's HMAC takes 30 µs amid all that a worker does, and this 2.
-        digest = hashlib.blake2b(text.encode(), key=self._digest_key).digest()
+        return hashlib.blake2b(text.encode(), key=self._digest_key).digest()
+
+    def _right(self, seen: _Seen | None, text: str) -> Key | None:
+        store, pepper, _ = self._open()
+        if seen is None:  # compared all the same: an id that is there is answered no later
+            hmac.compare_digest(_NO_MAC, mac_of(pepper, text))
+            return None
+        digest = self._digest(text)
         if seen.digest is None or not hmac.compare_digest(seen.digest, digest):
             if not hmac.compare_digest(seen.mac, mac_of(pepper, text)):
                 return None
@@ -202,16 +219,19 @@ class Keys:
             self._note_use(store, seen.key)
         return seen.key
 
-    def _open(self) -> tuple[Store, bytes]:
+    def _open(self) -> tuple[Store, bytes, Lookups]:
         if self._opened is None:
             with self._lock:
                 if self._opened is None:
-                    from backend.store import Store
+                    from backend.store import LIMIT_S, Store
 
                     pepper = self._config.key_pepper or kept_secret(
                         self._config.data_dir / "pepper", least=PEPPER_LENGTH
                     )
-                    self._opened = Store(self._config), pepper.encode()
+                    store = Store(self._config)
+                    # Through the store's attribute, which a test may replace.
+                    lookups = Lookups(lambda ids: store.keys(ids), limit_s=LIMIT_S)
+                    self._opened = store, pepper.encode(), lookups
         return self._opened
 
     def _made(self, pepper: bytes, **known: Any) -> tuple[dict[str, Any], str]:
@@ -221,9 +241,9 @@ class Keys:
         empty = dict.fromkeys(("models", "expires_at", "last_used_at", "revoked_at"))
         return {**empty, **made, "created_at": self._now(), **known}, text
 
-    def _read(self, store: Store, pepper: bytes, id_: str) -> _Seen | None:
+    def _read(self, lookups: Lookups, pepper: bytes, id_: str) -> _Seen | None:
         read_at = monotonic()
-        row = store.key(id_)
+        row = lookups.get(id_)
         if row is None:  # not remembered: there is no end of ids that do not exist
             return None
         if row["pepper_mark"] != mark_of(pepper) and not self._warned:
@@ -270,7 +290,7 @@ def _key(row: Mapping[str, Any]) -> Key:
     return Key(**known | {"models": None if row["models"] is None else frozenset(row["models"])})
 
 
-def _put(table: dict[str, Any], id_: str, value: Any) -> None:
+def _put(table: dict[Any, Any], id_: str | bytes, value: Any) -> None:
     """Put in as the newest, and let the oldest go where there are too many."""
     table.pop(id_, None)
     table[id_] = value
@@ -279,17 +299,20 @@ def _put(table: dict[str, Any], id_: str, value: Any) -> None:
 
 
 def main() -> None:
-    """Print a key for the widest tier, alone on a line, if none was ever made."""
+    """Make a key for the widest tier if none was ever made, and print the file that it is in."""
     config = Config.from_env()
     logs.set_up(config.log_level, config.log_format)
     widest = max(config.tiers.values(), key=lambda tier: tier.limits[0].per_second)
+    file = config.data_dir.resolve() / FIRST_KEY_FILE
     with closing(Keys(config)) as keys:
         try:
-            text = keys.create_first(owner="first", tier=widest.name)
+            key = keys.create_first(
+                owner="first", tier=widest.name, keep=lambda text: write_private(file, f"{text}\n")
+            )
         except KeysUnavailable as error:
             sys.exit(f"No first API key could be made: {error.__cause__ or error}")
-    if text is not None:
-        print(text)
+    if key is not None:
+        print(file)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from backend.openai.streaming import write_error
 from backend.quota_api import Find, Reader
 from backend.registry import ModelSpec
 from backend.schemas import load
+from backend.visibility import find_model, visible_models
 
 bp = Blueprint("openai", __name__, url_prefix="/v1")
 
@@ -67,15 +68,13 @@ for _route in ROUTES.values():
 
 @bp.get("/models")
 def models() -> dict[str, Any]:
-    allowed = [spec for spec in crane().registry if g.caller.may_use(spec.id)]
+    allowed = visible_models(g.caller, crane().registry)
     return {"object": "list", "data": [_model(spec) for spec in allowed]}
 
 
 @bp.get("/models/<path:model_id>")
 def model(model_id: str) -> dict[str, Any]:
-    spec = crane().registry.get(model_id)
-    g.caller.check_may_use(spec.id)
-    return _model(spec)
+    return _model(find_model(g.caller, crane().registry, model_id))
 
 
 def _model(spec: ModelSpec) -> dict[str, Any]:

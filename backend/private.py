@@ -4,21 +4,80 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import tempfile
 from contextlib import suppress
+from errno import ENOTDIR
 from pathlib import Path
+
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
+_OTHERS = 0o077
+# SQLite makes these beside a database, with its mode; from an older start they may have another.
+_BESIDE = ("-wal", "-shm", "-journal")
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder of mode 0700; one that is there already stays as it is."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make a folder of mode 0700, whatever the umask is; one that is there already stays as it is.
+
+    Folders above it that are missing are made too, for all to read and for us to write.
+    """
+    try:
+        _make_folder(path, PRIVATE_FOLDER)
+    except FileExistsError:
+        if not path.is_dir():
+            raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(path)) from None
+    else:
+        path.chmod(PRIVATE_FOLDER)
     return path
 
 
-def private_file(path: Path) -> Path:
-    """Make an empty file of mode 0600; one that is there already stays as it is."""
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+def _make_folder(path: Path, mode: int) -> None:
+    try:
+        path.mkdir(mode)
+    except FileNotFoundError:
+        if path == path.parent:
+            raise
+        with suppress(FileExistsError):
+            _make_folder(path.parent, 0o755)
+        path.mkdir(mode)
+
+
+def private_database(path: Path) -> Path:
+    """Make an empty file of mode 0600 for SQLite, in a private folder, whatever the umask is.
+
+    What is there already is ours alone from now on. It is never opened here: to close it would end
+    the locks that this process has on it.
+    """
+    private_folder(path.parent)
+    with suppress(FileExistsError):
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, PRIVATE_FILE)
+        os.close(handle)
+    for name in (path.name, *(path.name + end for end in _BESIDE)):
+        make_private(path.with_name(name))
     return path
+
+
+def make_private(path: Path) -> None:
+    """Take from others what they may do with a file or folder, if it is there, ours and no link."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        is_ours = os.geteuid() in (0, found.st_uid)
+        if is_ours and not stat.S_ISLNK(found.st_mode) and found.st_mode & _OTHERS:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file of mode 0600, whole or not at all, whatever is there already."""
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=private_folder(path.parent))
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
 
 
 def kept_secret(path: Path, *, least: int) -> str:

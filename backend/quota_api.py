@@ -14,6 +14,7 @@ from backend.meter import Lease, Meter, quota_headers, units
 from backend.models import Crane
 from backend.quota.decisions import Decision
 from backend.registry import ModelSpec
+from backend.visibility import find_model
 
 bp = Blueprint("quota", __name__, url_prefix="/crane")
 
@@ -22,7 +23,7 @@ Find = Callable[[str], ModelSpec]
 # Reads a request that is metered: ``{"model_id", "input", "options"}``, of a model that was found.
 Reader = Callable[[Find], dict[str, Any]]
 
-# What anybody may ask, key or not: a load balancer has none.
+# What callers may ask without a key, a load balancer having none; each says itself what to whom.
 OPEN = {"ops.livez", "ops.readyz", "ops.metrics"}
 
 
@@ -42,15 +43,11 @@ def hold(readers: Mapping[str, Reader]) -> None:
     # Each use of Flask's `request` and `g` finds their context anew: one does.
     asking: Request = request._get_current_object()  # type: ignore[attr-defined]
     known: Any = g._get_current_object()
-    endpoint, headers = asking.endpoint, asking.headers
+    endpoint = asking.endpoint
     if endpoint is None or endpoint in OPEN or asking.method == "OPTIONS":
         return
     parts = crane()
-    caller = known.caller = parts.callers.identify(
-        authorization=headers.get("Authorization"),
-        api_key=headers.get("X-API-Key"),
-        address=asking.remote_addr or "",
-    )
+    caller = known.caller = parts.callers.identify(asking.environ)
     if caller.key_id is not None:
         known.log["key_id"] = caller.key_id
     if endpoint not in readers:
@@ -58,8 +55,7 @@ def hold(readers: Mapping[str, Reader]) -> None:
 
     def find(model_id: str) -> ModelSpec:
         known.log["model_id"] = model_id[:100]
-        spec = known.spec = parts.registry.get(model_id)
-        caller.check_may_use(spec.id)
+        spec = known.spec = find_model(caller, parts.registry, model_id)
         return spec
 
     parts.take_permit()

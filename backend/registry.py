@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,14 @@ class Registry:
     def __iter__(self) -> Iterator[ModelSpec]:
         return iter(self._specs.values())
 
-    def get(self, model_id: str) -> ModelSpec:
-        """Return the model's spec; raise ``ModelNotFound`` with the nearest id."""
+    def get(self, model_id: str, among: Collection[str] | None = None) -> ModelSpec:
+        """Return the model's spec; raise ``ModelNotFound`` with the nearest id.
+
+        Where there is ``among``, only those ids are told.
+        """
         if model_id not in self._specs:
-            hint = did_you_mean(model_id[:100], list(self._specs), what="the models are")
+            told = [name for name in self._specs if among is None or name in among]
+            hint = did_you_mean(model_id[:100], told, what="the models are")
             raise ModelNotFound(f"There is no model {model_id[:100]!r} here; {hint}")
         return self._specs[model_id]
 

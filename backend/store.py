@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from backend import postgres
 from backend.config import Config
 from backend.migrations.ready import make_ready
-from backend.private import private_file, private_folder
+from backend.private import private_database
 
 logger = logging.getLogger("crane.store")
 
@@ -61,6 +61,7 @@ KEYS = sa.Table(
     sa.Column("admin", sa.Boolean),
 )
 _KEY_OF_ID = sa.select(KEYS).where(KEYS.c.id == sa.bindparam("id"))
+_KEYS_OF_IDS = sa.select(KEYS).where(KEYS.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 
 class Store:
@@ -80,6 +81,12 @@ class Store:
         with self._transaction() as connection:
             return _one(connection.execute(_KEY_OF_ID, {"id": id_}))
 
+    def keys(self, ids: Collection[str]) -> dict[str, Row]:
+        """The keys of some ids, by their ids, in one query."""
+        with self._transaction() as connection:
+            found = connection.execute(_KEYS_OF_IDS, {"ids": list(ids)}).mappings()
+            return {row["id"]: dict(row) for row in found}
+
     def all_keys(self) -> list[Row]:
         """All keys, the oldest first."""
         with self._transaction() as connection:
@@ -94,8 +101,11 @@ class Store:
         with self._transaction(writes=True) as connection:
             connection.execute(sa.insert(KEYS), row)
 
-    def add_first_key(self, row: Row) -> bool:
-        """Add a key if there is none; of any that race, one adds its key."""
+    def add_first_key(self, row: Row, before: Callable[[], None]) -> bool:
+        """Add a key if there is none; of any that race, one adds its key.
+
+        That one alone calls ``before`` first; where this raises, no key is added.
+        """
         with self._transaction(writes=True) as connection:
             if connection.dialect.name == "postgresql":
                 # Readers go on; whoever adds a key waits, and then sees ours. On SQLite the
@@ -104,6 +114,7 @@ class Store:
             if connection.execute(sa.select(KEYS.c.id).limit(1)).first() is not None:
                 return False
             connection.execute(sa.insert(KEYS), row)
+            before()
             return True
 
     def change_key(self, id_: str, **values: Any) -> Row | None:
@@ -173,8 +184,7 @@ def _engine(config: Config) -> Engine:
     # More calls at once than the pool has connections wait for one; none of them for long.
     pool: dict[str, Any] = {"pool_size": 5, "max_overflow": 10, "pool_timeout": STATEMENT_S}
     if config.database_url is None:
-        folder = private_folder(config.data_dir)
-        file = private_file(folder / "crane.db")  # SQLite's other files get the modes of this one
+        file = private_database(config.data_dir / "crane.db")
         url = URL.create("sqlite", database=str(file))
         connect = {"timeout": STATEMENT_S, "isolation_level": None}
         engine = sa.create_engine(url, connect_args=connect, hide_parameters=True, **pool)

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from backend import create_app
 from backend.adapters import ADAPTERS
 from backend.adapters.base import Adapter
 from backend.config import Config
+from backend.keys import Keys
 from backend.tasks import TASKS, Options
 from tests.databases import Postgres
 from tests.serving import Gunicorn
@@ -124,6 +126,17 @@ def run(client, model_id="echo", input="hello", **body):
     return client.post("/crane/run", json=body, buffered=True)
 
 
+def order(client, model_id, what, **headers):
+    """Load or unload a model as an admin does, or as ``headers`` say."""
+    if not headers:
+        known = client.application.extensions
+        if "admin_key" not in known:
+            with closing(Keys(known["crane"].config)) as keys:
+                known["admin_key"] = keys.create(owner="admin", tier="pro", admin=True)[1]
+        headers = {"Authorization": f"Bearer {known['admin_key']}"}
+    return client.post(f"/crane/models/{model_id}/{what}", headers=headers)
+
+
 def answered(client, model_id, input, **options):
     """The output and the receipt of a call that is answered."""
     response = run(client, model_id, input, options=options)
@@ -161,10 +174,11 @@ def gunicorn(tmp_path):
     """Start real gunicorn servers: ``gunicorn([entry, …], CRANE_WORKERS=3)``; stop them after."""
     servers = []
 
-    def start(entries=(ECHO,), **settings):
+    def start(entries=(ECHO,), *, arguments=(), how=None, **settings):
         folder = tmp_path / f"server-{len(servers)}"
         folder.mkdir()
-        server = Gunicorn(write_models(folder, list(entries)), folder / "data", settings)
+        models = write_models(folder, list(entries))
+        server = Gunicorn(models, folder / "data", settings, arguments=arguments, **(how or {}))
         servers.append(server)
         return server.wait_until_ready()
 

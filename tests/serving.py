@@ -10,11 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from backend.config import Config
+from backend.keys import FIRST_KEY_FILE, Keys
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 class Gunicorn:
     """``gunicorn wsgi:app`` on a free port of 127.0.0.1, in a process group of its own."""
 
-    def __init__(self, models: Path, data_dir: Path, settings: dict[str, object]) -> None:
+    def __init__(
+        self,
+        models: Path,
+        data_dir: Path,
+        settings: dict[str, object],
+        *,
+        arguments: Sequence[str] = (),
+        **how: Any,  # to start the process
+    ) -> None:
         self.models, self.data_dir = models, settings.get("CRANE_DATA_DIR", data_dir)
         self.output = data_dir.with_suffix(".log")
         env = {name: value for name, value in os.environ.items() if not name.startswith("CRANE_")}
@@ -38,15 +50,17 @@ class Gunicorn:
         env |= {name: str(value) for name, value in settings.items()}
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "wsgi:app"],
+                [sys.executable, "-m", "gunicorn", "wsgi:app", *arguments],
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                **how,
             )
         self.port = 0
+        self._admin_key: str | None = None
         self._seen: dict[int, psutil.Process] = {}
 
     def wait_until_ready(self, timeout_s: float = 30) -> Gunicorn:
@@ -54,7 +68,7 @@ class Gunicorn:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log()
-            if match := re.search(r"listens at http://127\.0\.0\.1:(\d+)", self.log()):
+            if match := re.search(r"listens at http://[\d.]+:(\d+)", self.log()):
                 self.port = int(match[1])
                 if self.get("/readyz")[0] == 200:
                     self.processes()
@@ -112,6 +126,19 @@ class Gunicorn:
         """POST /crane/run for a stream of events."""
         body = {"model_id": model_id, "input": input, "stream": True, **body}
         return Stream(self.port, json.dumps(body).encode(), timeout_s)
+
+    def first_key(self) -> str:
+        """The key that the first start which needs keys has put into a file."""
+        return (Path(str(self.data_dir)) / FIRST_KEY_FILE).read_text().strip()
+
+    def order(self, model_id: str, what: str) -> int:
+        """Load or unload a model as an admin does; return the status."""
+        if self._admin_key is None:
+            with closing(Keys(Config(data_dir=Path(str(self.data_dir))))) as keys:
+                self._admin_key = keys.create(owner="admin", tier="pro", admin=True)[1]
+        headers = {"Authorization": f"Bearer {self._admin_key}"}
+        path = f"/crane/models/{model_id}/{what}"
+        return self.request("POST", path, headers=headers)[0]
 
     def stop(self, timeout_s: float = 30) -> None:
         """End it as a service manager does, and check that nothing is left."""

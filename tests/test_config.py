@@ -102,6 +102,9 @@ SETTINGS = {field.metadata["name"]: field for field in fields(Config)}
         ("ALLOWED_ORIGINS", "", ()),
         ("ALLOWED_ORIGINS", "*", ("*",)),
         ("ALLOWED_ORIGINS", "https://a.com, http://b:80", ("https://a.com", "http://b:80")),
+        ("ALLOWED_HOSTS", "", ()),
+        ("ALLOWED_HOSTS", "*", ("*",)),
+        ("ALLOWED_HOSTS", "crane, crane.a.com,::1", ("crane", "crane.a.com", "::1")),
         ("LOG_LEVEL", "DEBUG", "DEBUG"),
         ("LOG_FORMAT", "console", "console"),
     ],
@@ -201,6 +204,9 @@ def test_a_good_value_is_taken(name, text, value):
         ("ALLOWED_ORIGINS", "https://a.com/", "is not an origin"),
         ("ALLOWED_ORIGINS", "https://*.a.com", "is not an origin"),
         ("ALLOWED_ORIGINS", "*,https://a.com", "must be '*' alone or a list of origins"),
+        ("ALLOWED_HOSTS", "a.com:80", "'a.com:80' is not a name such as crane.example.com"),
+        ("ALLOWED_HOSTS", "http://a.com", "is not a name such as crane.example.com"),
+        ("ALLOWED_HOSTS", "*,a.com", "must be '*' alone or a list of names"),
         ("LOG_LEVEL", "info", "must be one of DEBUG, INFO, WARNING, ERROR"),
         ("LOG_FORMAT", "xml", "must be one of auto, json, console"),
     ],
@@ -260,7 +266,7 @@ def test_settings_that_disagree_are_told_at_once():
         ("CRANE_REQUEST_TIMEOT", "did you mean 'CRANE_REQUEST_TIMEOUT'?"),
         ("CRANE_MODEL", "did you mean 'CRANE_MODELS'?"),
         ("CRANE_request_timeout", "CRANE_request_timeout is not a Crane setting"),
-        ("CRANE_" + "Z" * 40, "it is one of: CRANE_ALLOWED_ORIGINS, CRANE_AUTH, "),
+        ("CRANE_" + "Z" * 40, "it is one of: CRANE_ALLOWED_HOSTS, CRANE_ALLOWED_ORIGINS, "),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name, hint):

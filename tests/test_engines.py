@@ -288,14 +288,13 @@ def test_orders_and_the_list_are_of_all_engines(engines):
     entries = [ECHO | {"id": "m", "replicas": 2}, ECHO | {"id": "other"}]
     server = engines(entries, devices="cpu,cpu,cpu", CRANE_WORKERS=2)
     for _ in range(2):
-        status, _, _ = server.request("POST", "/crane/models/m/load")
-        assert status == 200
+        assert server.order("m", "load") == 200
         assert len(copies(server, "m")) == 2
     assert loads(server)["m"] == 2
     for _ in range(6):  # whichever worker answers
         model = server.get("/crane/models/m")[1]
         assert (model["state"], model["device"], len(model["copies"])) == ("ready", "cpu", 2)
-    assert server.request("POST", "/crane/models/m/unload")[0] == 200
+    assert server.order("m", "unload") == 200
     model = server.get("/crane/models/m")[1]
     assert (model["state"], copies(server, "m")) == ("unloaded", {})
     environ = os.environ | {
@@ -356,7 +355,7 @@ def test_real_weights_go_where_room_is_and_answer_alike_on_every_engine(engines)
     server = engines([one | {"replicas": 2}, two], CRANE_MEMORY_BUDGET="240MB")
     assert server.run("two")[0] == server.run("one")[0] == 200
     assert [*copies(server, "two"), *copies(server, "one")] == [0, 1]
-    assert server.request("POST", "/crane/models/one/load")[0] == 200
+    assert server.order("one", "load") == 200
     assert (sorted(copies(server, "one")), copies(server, "two")) == ([0, 1], {})
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda _: server.run("one", "Cranes dance."), range(16)))

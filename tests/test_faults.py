@@ -15,7 +15,7 @@ import torch
 
 from backend.adapters.echo import Echo
 from backend.engine import faults
-from tests.conftest import ECHO, run, together
+from tests.conftest import ECHO, order, run, together
 from tests.serving import ROOT, wait_for
 from tests.test_residency import MB, Sized, events, held_bytes, sized, state, unloads
 
@@ -188,7 +188,7 @@ def test_all_garbage_is_looked_for_only_where_weights_are_left(
     assert run(client, "knotted").status_code == 200
     real = gc.collect
     monkeypatch.setattr(gc, "collect", lambda: looks.append(real()))
-    client.post("/crane/models/knotted/unload")
+    assert order(client, "knotted", "unload").status_code == 200
     wait_for(lambda: held_bytes(client) == 0)
     assert [one() for one in kept] == [None, None]
     assert bool(looks) == knotted

@@ -162,12 +162,27 @@ def test_an_unknown_id_is_told(keys, id_):
 
 
 def test_the_first_key_is_made_where_none_ever_was(keys):
-    text = keys.create_first(owner="a", tier="free")
-    assert keys.find(text).owner == "a"
-    assert keys.create_first(owner="b", tier="free") is None
-    keys.revoke(text.split("_")[1])
-    assert keys.create_first(owner="c", tier="free") is None
-    assert len(keys.list()) == 1
+    kept = []
+    first = keys.create_first(owner="a", tier="free", keep=kept.append)
+    [text] = kept
+    assert keys.find(text) == first
+    assert (first.owner, first.admin) == ("a", True)
+    assert keys.create_first(owner="b", tier="free", keep=kept.append) is None
+    keys.revoke(first.id)
+    assert keys.create_first(owner="c", tier="free", keep=kept.append) is None
+    assert len(keys.list()) == len(kept) == 1
+
+
+def test_a_first_key_that_cannot_be_kept_is_not_made(keys):
+    def refuse(text):
+        raise OSError("the disk is full")
+
+    with pytest.raises(KeysUnavailable) as caught:
+        keys.create_first(owner="a", tier="free", keep=refuse)
+    assert "the disk is full" in str(caught.value.__cause__)
+    kept = []
+    assert keys.create_first(owner="b", tier="free", keep=kept.append).owner == "b"
+    assert keys.find(kept[0])
 
 
 def test_the_last_use_is_written_down_once_a_minute(keys, clock, monkeypatch):
@@ -209,7 +224,7 @@ def test_a_key_that_was_found_is_looked_up_again_after_three_seconds_and_not_bef
     keys.find(text)
     reads = []
     store = keys._opened[0]
-    monkeypatch.setattr(store, "key", lambda id_, key=store.key: reads.append(id_) or key(id_))
+    monkeypatch.setattr(store, "keys", lambda ids, keys=store.keys: reads.append(ids) or keys(ids))
     ticks[0] = 3.0
     assert keys.find(text)
     assert reads == []

@@ -53,7 +53,7 @@ class Caller:
         requests = b""
         for body in bodies:
             data = json.dumps(body).encode()
-            head = "POST /crane/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = "POST /crane/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
             requests += f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
         self.socket.sendall(requests)
         return self

@@ -229,7 +229,7 @@ def test_answers_never_cross_between_workers_threads_and_abandoned_calls(gunicor
         body = {"model_id": "echo", "input": mark, "options": {"delay_ms": delay_ms}}
         data = json.dumps(body).encode()
         if abandoned:
-            head = "POST /crane/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = "POST /crane/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
             head += f"Content-Length: {len(data)}\r\n\r\n"
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
                 connection.sendall(head.encode() + data)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 
-from backend.private import private_folder
+from backend.private import private_database
 from backend.quota import decisions
 from backend.quota.decisions import Call, Decision, State
 from backend.quota.tiers import Tier
@@ -99,9 +99,8 @@ class SqliteStore:
         return self._connection
 
     def _open(self) -> sqlite3.Connection:
-        private_folder(self._path.parent)
         connection = sqlite3.connect(
-            self._path, timeout=0, isolation_level=None, check_same_thread=False
+            private_database(self._path), timeout=0, isolation_level=None, check_same_thread=False
         )
         try:
             # Workers that start together all do this, and SQLite itself does not wait for it.
