@@ -362,7 +362,8 @@ def server(checkpoint, tmp_path_factory):
         {"id": "shared", "type": "chat", "hf_model": checkpoint("llama"), "share_prefixes": True},
         {"id": "endless", "type": "text2text-generation", "hf_model": checkpoint("t5")},
     ]
-    settings = {"CRANE_THREADS": 64, "CRANE_TRUSTED_PROXIES": 1}  # so that callers have addresses
+    # So that callers have addresses, and need no keys.
+    settings = {"CRANE_THREADS": 64, "CRANE_TRUSTED_PROXIES": 1, "CRANE_AUTH": "off"}
     server = Gunicorn(write_models(folder, entries), folder / "data", settings).wait_until_ready()
     assert server.run("writer", "a", options={"max_tokens": 1})[0] == 200
     yield server

@@ -35,7 +35,7 @@ def exchange(server, data, *, end=False, timeout_s=20):
 
 def post(*headers, body=BODY, path=b"/crane/run", kind=b"application/json"):
     """A request that asks for its connection's end."""
-    lines = [b"POST " + path + b" HTTP/1.1", b"Host: x", b"Connection: close"]
+    lines = [b"POST " + path + b" HTTP/1.1", b"Host: [::1]", b"Connection: close"]
     lines += [b"Content-Type: " + kind] if kind else []
     return b"\r\n".join([*lines, b"".join(headers)]) + b"\r\n" + body
 
@@ -145,7 +145,7 @@ MALFORMED = {
     "a bad query": post(LENGTH, path=b"/crane/nope?a=%ff&b[]=%"),
 }
 CUT_SHORT = {
-    "a head": b"POST /crane/run HTTP/1.1\r\nHost: x\r\n",
+    "a head": b"POST /crane/run HTTP/1.1\r\nHost: [::1]\r\n",
     "a body": post(b"Content-Length: 100\r\n"),
     "a large body": post(b"Content-Length: 90000\r\n"),
     "a chunk": post(CHUNKED, body=b"40\r\n" + BODY),

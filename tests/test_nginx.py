@@ -47,6 +47,7 @@ def own(conf, folder, port, upstream):
 def crane(tmp_path_factory):
     folder = tmp_path_factory.mktemp("behind-nginx")
     settings = {"CRANE_TRUSTED_PROXIES": 1, "CRANE_THREADS": 8, "CRANE_QUOTA": "on"}
+    settings["CRANE_AUTH"] = "off"  # else what nginx passes on needs a key
     settings["CRANE_TIERS"] = "free 1000000/minute concurrency=2, pro 60/minute"
     server = Gunicorn(write_models(folder, [ECHO]), folder / "data", settings)
     yield server.wait_until_ready()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.serving import wait_for
 
-HEAD = b"POST /crane/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /crane/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
 HALF_HEAD = HEAD[:40]
 HALF_BODY = HEAD + b"Content-Length: 1000\r\n\r\n{"
 LARGE_BODY = HEAD + b"Content-Length: 10000000\r\n\r\n{"
