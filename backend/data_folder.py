@@ -112,11 +112,11 @@ def make_run_folder(data_dir: Path) -> tuple[Path, int]:
 def _remove_if_left(folder: Path) -> None:
     """Remove a run folder whose lock nobody holds; one without a lock is not known to be ours."""
     with suppress(OSError):
-        if folder.lstat().st_uid != os.geteuid() or folder.is_symlink():
+        if folder.lstat().st_uid != os.geteuid():
             return
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # which follows no link
         finally:
             os.close(lock)

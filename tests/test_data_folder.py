@@ -46,15 +46,16 @@ def fill(folder, **settings):
     return keys, meter
 
 
-@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177])
 def test_what_the_service_keeps_is_for_its_own_eyes_whatever_the_umask(tmp_path, mask):
-    folder = tmp_path / "deep" / "data"
+    folder = (tmp_path if mask == 0o177 else tmp_path / "deep") / "data"
     with umask(mask):
         keys, meter = fill(folder)
         with closing(keys), closing(meter):
             made = {path.name for path in folder.iterdir()}
             assert {"crane.db", "quota.db", "quota.db-wal", "quota.db-shm", "pepper"} <= made
             assert others_may(folder) == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not stat.S_IMODE(folder.parent.stat().st_mode) & 0o022
 
 
