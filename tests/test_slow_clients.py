@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from tests.serving import wait_for
+from tests.conftest import ECHO, write_models
+from tests.serving import Gunicorn, wait_for
 
 HEAD = b"POST /crane/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
 HALF_HEAD = HEAD[:40]
@@ -72,7 +73,26 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("limit", [10, 100_000], ids=["limited", "unlimited"])
+def serve(folder, **settings):
+    return Gunicorn(write_models(folder, [ECHO]), folder / "data", settings).wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A server with little patience."""
+    server = serve(tmp_path_factory.mktemp("quick"), **QUICK)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=[10, 100_000], ids=["limited", "unlimited"])
+def flooded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flooded")
+    server = serve(folder, CRANE_THREADS=4, CRANE_MAX_CONNECTIONS=request.param)
+    yield server
+    server.stop()
+
+
 @pytest.mark.parametrize(
     ("count", "data"),
     [
@@ -83,14 +103,13 @@ def many_files():
         pytest.param(15, echo(10_000_000), id="unread responses"),
     ],
 )
-def test_no_flood_of_one_address_keeps_livez_or_others_calls(gunicorn, limit, count, data):
-    server = gunicorn(CRANE_THREADS=4, CRANE_MAX_CONNECTIONS=limit)
-    server.run()
-    with clients(server, count, data):
+def test_no_flood_of_one_address_keeps_livez_or_others_calls(flooded, count, data):
+    with clients(flooded, count, data):
         for _ in range(3):
-            status, _, body = server.request("GET", "/livez", timeout_s=10)
+            status, _, body = flooded.request("GET", "/livez", timeout_s=10)
             assert (status, body) == (200, b'{"status":"alive"}')
-        assert server.run(timeout_s=10)[0] == 200
+        # As soon as what was sent whole is answered, though nobody reads that.
+        wait_for(lambda: flooded.run(timeout_s=10)[0] == 200)
 
 
 def test_livez_is_answered_where_every_permit_is_taken_by_a_body(gunicorn):
@@ -114,18 +133,16 @@ def test_livez_is_answered_where_every_permit_is_taken_by_a_body(gunicorn):
         ),
     ],
 )
-def test_who_sends_no_more_is_let_go(gunicorn, sent, status):
-    server = gunicorn(**QUICK)
-    with connect(server, sent) as client:
+def test_who_sends_no_more_is_let_go(quick, sent, status):
+    with connect(quick, sent) as client:
         assert status_of(client) == status
 
 
 @pytest.mark.parametrize(
     "sent", [HALF_HEAD, HALF_BODY, LARGE_BODY, HEAD + b"Transfer-Encoding: chunked\r\n\r\nfff\r\n"]
 )
-def test_a_byte_now_and_then_keeps_no_connection(gunicorn, sent):
-    server = gunicorn(**QUICK)
-    with connect(server, sent) as client:
+def test_a_byte_now_and_then_keeps_no_connection(quick, sent):
+    with connect(quick, sent) as client:
         while not select.select([client], [], [], 0.1)[0]:
             client.sendall(b"x")  # until it is answered, or pytest's own limit ends it
         assert status_of(client) == 408
@@ -133,22 +150,20 @@ def test_a_byte_now_and_then_keeps_no_connection(gunicorn, sent):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reads", [0, 1])
-def test_who_takes_too_little_of_a_response_is_let_go(gunicorn, stream, reads):
-    server = gunicorn(**QUICK)
+def test_who_takes_too_little_of_a_response_is_let_go(quick, stream, reads):
+    before = dropped(quick, "unsent")
     body = {"model_id": "echo", "input": "x" * 900_000, "stream": stream}
     body["input"] = [body["input"]] * 12  # more than the kernel keeps
     data = json.dumps(body).encode()
-    with connect(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data) as client:
+    with connect(quick, HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data) as client:
 
         def is_dropped():
             client.recv(reads)
-            return dropped(server, "unsent")
+            return dropped(quick, "unsent") > before
 
         wait_for(is_dropped, every_s=0.1)
         left = iter(lambda: client.recv(65536), b"")
         assert sum(map(len, left)) < 10_000_000
-    [line] = server.log_lines(message="request", route="/crane/run")
-    assert line["status"] == 200
 
 
 def test_a_stream_that_is_not_read_ends_its_work(gunicorn):
@@ -162,14 +177,13 @@ def test_a_stream_that_is_not_read_ends_its_work(gunicorn):
 
 
 def test_a_slow_but_steady_reader_gets_all(gunicorn):
-    server = gunicorn(CRANE_CLIENT_TIMEOUT="400ms", CRANE_MIN_RATE="1KB")
+    server = gunicorn(CRANE_CLIENT_TIMEOUT="1500ms", CRANE_MIN_RATE="1KB")
     with connect(server, echo(8_000_000)) as client:
-        client.recv(1)
-        threading.Event().wait(0.3)  # most of what it may pause
         answer = b""
         while b'"metadata"' not in answer[-2000:] or not answer.endswith(b"}"):
             answer += (chunk := client.recv(65536))
             assert chunk
+            threading.Event().wait(0.015)  # longer than the pause, all in all
         assert len(answer) > 8_000_000
         client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert status_of(client) == 200  # on the same connection
@@ -224,11 +238,10 @@ def test_a_worker_that_may_open_no_more_files_goes_on(gunicorn):
 @pytest.mark.parametrize(
     ("path", "invited"), [("/crane/run", True), ("/nope", False), ("/crane/models", False)]
 )
-def test_a_body_is_invited_only_once_it_will_be_read(gunicorn, path, invited):
-    server = gunicorn()
+def test_a_body_is_invited_only_once_it_will_be_read(quick, path, invited):
     body = b'{"model_id": "echo", "input": 1}'
     head = HEAD.replace(b"/crane/run", path.encode()) + b"Expect: 100-continue\r\n"
-    with connect(server, head + b"Content-Length: %d\r\n\r\n" % len(body)) as client:
+    with connect(quick, head + b"Content-Length: %d\r\n\r\n" % len(body)) as client:
         first = client.recv(65536)
         assert first.startswith(b"HTTP/1.1 100 Continue\r\n\r\n") is invited
         if invited:

@@ -31,6 +31,7 @@ from backend.server.sockets import ClientSocket
 KEPT_MS = 20  # a client that calls again and again does so sooner
 ACCEPT_DELAY_S = 0.00002  # for each connection that a worker has
 MAX_ACCEPT_DELAY_S = 0.001
+ACCEPTS = 32  # at a time, of many
 SWEEP_S = 0.5  # between looks for what is past its deadline
 STOP_S = 2.0  # for a request that is on its way as the worker drains
 RESERVED_FILES = 128
@@ -101,10 +102,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     # What follows runs in the main thread, but for ``handle`` and what that calls.
 
     def accept(self, listener: Any) -> None:
+        if self.nr_conns > self.cfg.threads:  # a flood, and whoever stands behind it waits
+            for _ in range(ACCEPTS):
+                if not self._accept(listener):
+                    break
+            return
         # All workers hear of a connection, and the one that is quickest takes it: let that be one
         # with few, or a client's whole pool of connections may end in one worker.
         if self.cfg.workers > 1:
             time.sleep(min(self.nr_conns * ACCEPT_DELAY_S, MAX_ACCEPT_DELAY_S))
+        self._accept(listener)
+
+    def _accept(self, listener: Any) -> bool:
+        """Take one connection; whether there may be another."""
         try:
             accepted, client = listener.accept()
         except OSError as error:
@@ -112,7 +122,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 self._drop(oldest, CROWDED)
             elif error.errno in FULL:
                 time.sleep(MAX_ACCEPT_DELAY_S)  # nothing to close: a thread's end will help
-            return
+            return False
         sock = ClientSocket(accepted, self.limits.pace)
         connection = Connection(self.cfg, sock, client, listener.getsockname(), self.limits)
         address = connection.address
@@ -125,6 +135,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._make_room(connection, self.waiting.oldest())
         else:
             self._guard(self._read, connection)
+        return True
 
     def _make_room(self, connection: Connection, oldest: Connection | None) -> None:
         """Let go of whoever has waited longest, or of the new one if all others are at work."""
