@@ -12,6 +12,7 @@ from typing import Any
 
 # Bytes of a stream that are kept for a client that is slower than the model.
 MAX_KEPT = 2**16
+MAX_NOT_SENT = 2**17  # bytes that the kernel keeps beside those on their way
 MAX_PARTS = 1024  # of one sendmsg, as POSIX systems have it
 
 
@@ -41,6 +42,9 @@ class ClientSocket(socket.socket):
         family, kind, proto = accepted.family, accepted.type, accepted.proto
         super().__init__(family, kind, proto, accepted.detach())
         self.setblocking(False)
+        if family != socket.AF_UNIX and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Else a reader whose megabytes the kernel keeps seems to take nothing for minutes.
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
         self._pace = pace
         self._unsent: deque[memoryview] = deque()
         self._waited_s = 0.0
