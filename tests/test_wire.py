@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgpack
 import numpy as np
@@ -26,7 +26,7 @@ from backend.errors import CraneError, InternalError, ModelUnavailable, Overload
 from backend.media import Media
 from backend.messages import BESIDE, BadMessage, pack, unpack
 from tests.conftest import ECHO, write_models
-from tests.serving import ROOT
+from tests.serving import ROOT, wait_for
 
 SMALL = {"CRANE_MAX_PIXELS": "100000", "CRANE_MAX_AUDIO": "1s", "CRANE_MAX_BODY": "1MiB"}
 
@@ -37,6 +37,11 @@ def reaching(config):
     yield remote
     if channel := getattr(remote._local, "channel", None):
         channel.close()
+
+
+def answers(remote):
+    with suppress(ModelUnavailable):
+        return remote.look()
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def engine_process(folder, **env):
         config = Config.from_env(env)
         with reaching(config) as remote:
             try:
-                remote.look()
+                wait_for(lambda: answers(remote), 60)
                 yield process, config, remote
             finally:
                 process.stdin.close()
