@@ -50,6 +50,11 @@ class Batch:
         """Those of some places that somebody still waits for."""
         return [place for place in places if not self.cancelled(place)]
 
+    def check(self, places: Iterable[int]) -> None:
+        """Raise ``DeadlineExceeded`` where nobody waits for any of some places."""
+        if not self.waited_for(places):
+            raise too_late()
+
     def shares(self, owners: Sequence[int], most: int) -> Iterator[list[int]]:
         """Indices of ``owners``, ``most`` at a time, for work that takes several runs.
 

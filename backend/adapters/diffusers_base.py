@@ -7,13 +7,15 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from functools import wraps
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backend.adapters.base import Adapter, Batch, too_late
+from backend.adapters.base import Adapter, Batch
 from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.interruption import interruptible
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.numbers import check_numbers
 from backend.adapters.packing import keep_packed
@@ -170,6 +172,12 @@ class DiffusersAdapter(Adapter):
         own = type(self._scheduler).__name__
         return next((name for name, class_name in SCHEDULERS.items() if class_name == own), None)
 
+    def interruptible(
+        self, batch: Batch, places: Collection[int], pixels: int = 0
+    ) -> AbstractContextManager[None]:
+        """Have a run for ``places`` end within its parts too, as ``steps`` does between steps."""
+        return interruptible(self.pipeline, lambda: batch.check(places), pixels=pixels)
+
     def steps(
         self, batch: Batch, places: Collection[int], *, before: int, of: int
     ) -> dict[str, Any]:
@@ -191,8 +199,7 @@ class DiffusersAdapter(Adapter):
             if latents is not None and listening and previewer and previewer.due():
                 previews = previewer.see(latents, listening)
             batch.progress(before * total + index + 1, of * total, previews)
-            if not batch.waited_for(places):
-                raise too_late()
+            batch.check(places)
 
         def on_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             step(index, tensors.get("latents"))

@@ -63,10 +63,11 @@ class ImageGenerator(PromptedAdapter):
             if not (run := [picture for picture in planned if picture.place in places]):
                 continue
             try:
-                output = self.pipeline(
-                    **self._arguments(run, batch.options),
-                    **self.steps(batch, places, before=number, of=len(runs)),
-                )
+                with self.interruptible(batch, places, run[0].width * run[0].height):
+                    output = self.pipeline(
+                        **self._arguments(run, batch.options),
+                        **self.steps(batch, places, before=number, of=len(runs)),
+                    )
             except DeadlineExceeded:
                 continue
             flags = getattr(output, "nsfw_content_detected", None) or [False] * len(run)

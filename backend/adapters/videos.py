@@ -91,7 +91,7 @@ class VideoGenerator(ShapedAdapter):
                 continue
             self.use_scheduler(None)
             try:
-                with self._draws_of(run):
+                with self._draws_of(run), self.interruptible(batch, places):
                     output = self.pipeline(
                         **self._arguments(run, shape, batch.options),
                         **self.steps(batch, places, before=number, of=len(runs)),
