@@ -17,7 +17,7 @@ VERSION = 1  # of how messages look; one of another version is refused
 _HEAD = struct.Struct(">BI")  # the version, and how many parts
 _LENGTH = struct.Struct(">Q")  # of each part, in bytes
 READ = 65536  # bytes at a time; nearly all messages are smaller
-MAX_PARTS = 100_000  # a call's media, and an answer's files, are fewer
+MAX_PARTS = 250_000  # twice as many as a call may ever have inputs, and some
 MAX_BUFFERS = 1024  # of one sendmsg, as POSIX systems have it
 
 

@@ -104,8 +104,28 @@ def mp4_of_boxes(count, inside=False):
     return struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + boxes
 
 
-def webm_of_elements(count):
+def mp4_with_boxes_hidden(count):
+    """Behind one that says it goes on beyond the box that it is in."""
+    lies = struct.pack(">I", 16) + b"moov" + struct.pack(">I", 2**31 - 1) + b"free"
+    return struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + lies + b"\0\0\0\x08free" * count
+
+
+def wav_with_chunks_hidden(count):
+    """Behind one that says it goes on beyond the list that it is in."""
+    data = wav_of_chunks(count)
+    lies = b"LIST" + struct.pack("<I", 12) + b"INFOINAM" + struct.pack("<I", 2**31 - 1)
+    return data[:12] + lies + data[12:]
+
+
+def bmp_of_runs(count):
+    head = struct.pack("<IiiHHIIiiII", 40, 1000, 1000, 1, 8, 1, 0, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 1078) + head + bytes(1024) + b"\x01\0" * count
+
+
+def webm_of_elements(count, hidden=False):
     voids = b"\xec\x80" * count
+    if hidden:  # behind one that says it goes on beyond the cluster that it is in
+        voids = b"\x1f\x43\xb6\x75\x82\xec\x88" + voids
     return (
         b"\x1aE\xdf\xa3\x87\x42\x82\x84webm\x18\x53\x80\x67\x10" + struct.pack(">I", len(voids))[1:]
     ) + voids

@@ -43,6 +43,14 @@ HOSTILE = {
     "boxes of a film": (read_video, hostile.mp4_of_boxes, bounds.MAX_BOXES),
     "boxes of a sound": (read_audio, hostile.mp4_of_boxes, bounds.MAX_BOXES),
     "boxes inside": (read_video, lambda n: hostile.mp4_of_boxes(n, inside=True), bounds.MAX_BOXES),
+    "boxes hidden": (read_video, hostile.mp4_with_boxes_hidden, bounds.MAX_BOXES),
+    "chunks hidden": (read_audio, hostile.wav_with_chunks_hidden, bounds.MAX_CHUNKS),
+    "runs of a BMP": (read_image, hostile.bmp_of_runs, bounds.MAX_RUNS),
+    "elements hidden": (
+        read_video,
+        lambda n: hostile.webm_of_elements(n, hidden=True),
+        bounds.MAX_ELEMENTS,
+    ),
     "elements of a film": (read_video, hostile.webm_of_elements, bounds.MAX_ELEMENTS),
     "elements of a sound": (read_audio, hostile.webm_of_elements, bounds.MAX_ELEMENTS),
 }

@@ -8,13 +8,14 @@ as the bound. Encoders stay far below all of these.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from backend.media import Refused
 
 MAX_SCANS = 100  # of a JPEG: encoders make 10 or so; of 32 megapixels, each takes 20 ms
 MAX_SEGMENTS = 10_000  # of a JPEG
 MAX_CHUNKS = 65_536  # of a PNG, a WebP or a WAV: libpng's own have 8 KiB, so 512 MiB
+MAX_RUNS = 2**21  # bytes of a BMP's runs, which Pillow reads in Python, a microsecond for each
 MAX_BLOCKS = 500_000  # of a GIF, of up to 255 bytes each
 MAX_BOXES = 50_000  # of an MP4: a film in fragments of a second has eight a second
 MAX_ELEMENTS = 200_000  # of a Matroska file: each frame is one
@@ -48,16 +49,18 @@ def bound_image(data: bytes) -> None:
     if data.startswith(b"\xff\xd8"):
         _bound_jpeg(data)
     elif data.startswith(b"\x89PNG"):
-        _count(_chunks(data, 8, "big", 4), MAX_CHUNKS, "chunks")
+        _count(_walk(data, 8, _png_chunk), MAX_CHUNKS, "chunks")
     elif data.startswith(b"RIFF"):
         bound_riff(data)
     elif data.startswith(b"GIF8"):
         _count(_gif_blocks(data), MAX_BLOCKS, "blocks")
+    elif data.startswith(b"BM") and data[30:31] in (b"\x01", b"\x02") and len(data) > MAX_RUNS:
+        raise Refused(f"is run-length encoded, and has more than {MAX_RUNS} bytes; write it as PNG")
 
 
 def bound_riff(data: bytes) -> None:
     """Refuse a WAV of too many chunks; raises ``Refused``."""
-    _count(_chunks(data, 12, "little", 0), MAX_CHUNKS, "chunks")
+    _count(_walk(data, 12, _riff_chunk), MAX_CHUNKS, "chunks")
 
 
 def bound_ogg(data: bytes) -> None:
@@ -68,12 +71,12 @@ def bound_ogg(data: bytes) -> None:
 
 def bound_mp4(data: bytes) -> None:
     """Refuse an MP4 or QuickTime file of too many boxes; raises ``Refused``."""
-    _count(_boxes(data), MAX_BOXES, "boxes")
+    _count(_walk(data, 0, _box), MAX_BOXES, "boxes")
 
 
 def bound_matroska(data: bytes) -> None:
     """Refuse a Matroska or WebM file of too many elements; raises ``Refused``."""
-    _count(_elements(data), MAX_ELEMENTS, "elements")
+    _count(_walk(data, 0, _element), MAX_ELEMENTS, "elements")
 
 
 def _count(parts: Iterator[object], most: int, what: str) -> None:
@@ -99,16 +102,41 @@ def _bound_jpeg(data: bytes) -> None:
     raise Refused(f"has more than {MAX_SEGMENTS} segments; write it anew with fewer")
 
 
-def _chunks(data: bytes, at: int, order: str, after: int) -> Iterator[int]:
-    """Chunks of a PNG (size, name, ``after`` bytes of checksum) or a RIFF file (name, size)."""
-    while at + 8 <= len(data):
+def _walk(
+    data: bytes, at: int, head: Callable[[bytes, int], tuple[int, int, bool] | None]
+) -> Iterator[int]:
+    """Every part of a file, in those that hold others too.
+
+    ``head`` gives where a part's body begins, where the part ends, and whether it holds others;
+    None where there is none. A part that says it ends after the one that it is in ends with that,
+    as libav has it: else a file could hide others behind it.
+    """
+    ends = [len(data)]
+    while ends:
+        found = head(data, at) if at < ends[-1] else None
+        if found is None:
+            at = ends.pop()
+            continue
         yield at
-        if order == "big":
-            at += 8 + int.from_bytes(data[at : at + 4]) + after
-        else:
-            size = int.from_bytes(data[at + 4 : at + 8], "little")
-            # The list that the others may be in is gone through, not passed over.
-            at += 12 if data[at : at + 4] == b"LIST" else 8 + size + size % 2
+        body, end, holds = found
+        end = min(end, ends[-1])
+        if holds:
+            ends.append(end)
+        at = body if holds else end
+
+
+def _png_chunk(data: bytes, at: int) -> tuple[int, int, bool] | None:
+    if at + 8 > len(data):
+        return None
+    return at + 8, at + 12 + int.from_bytes(data[at : at + 4]), False
+
+
+def _riff_chunk(data: bytes, at: int) -> tuple[int, int, bool] | None:
+    if at + 8 > len(data):
+        return None
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    holds = data[at : at + 4] == b"LIST"
+    return at + (12 if holds else 8), at + 8 + size + size % 2, holds
 
 
 def _gif_blocks(data: bytes) -> Iterator[int]:
@@ -132,38 +160,27 @@ def _colours(data: bytes, at: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _boxes(data: bytes) -> Iterator[int]:
-    """Every box, in those that hold others too: a walk, for boxes may not be nested evenly."""
-    at = 0
-    while at + 8 <= len(data):
-        yield at
-        size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
-        head = 16 if size == 1 else 8
-        if size == 1:
-            size = int.from_bytes(data[at + 8 : at + 16])
-        if name in _HOLD:
-            at += head
-        elif name in _FULL:
-            at += head + _FULL_HEAD
-        elif size < head:  # to the end, or damaged
-            return
-        else:
-            at += size
+def _box(data: bytes, at: int) -> tuple[int, int, bool] | None:
+    size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+    body = at + 8
+    if size == 1:
+        size, body = int.from_bytes(data[body : body + 8]), body + 8
+    end = at + size if size else len(data)
+    if end < body or body > len(data):
+        return None
+    return body + (_FULL_HEAD if name in _FULL else 0), end, name in _HOLD or name in _FULL
 
 
-def _elements(data: bytes) -> Iterator[int]:
-    at = 0
-    while at < len(data):
-        yield at
-        name_end = at + _width(data[at], 4)
-        name = data[at:name_end]
-        if name_end >= len(data):
-            return
-        end = name_end + _width(data[name_end], 8)
-        most = (1 << 7 * (end - name_end)) - 1
-        size = int.from_bytes(data[name_end:end]) & most
-        # What is left open holds others, or else is damaged.
-        at = end if name in _MASTERS or size == most else end + size
+def _element(data: bytes, at: int) -> tuple[int, int, bool] | None:
+    size_at = at + _width(data[at], 4)
+    if size_at >= len(data):
+        return None
+    body = size_at + _width(data[size_at], 8)
+    most = (1 << 7 * (body - size_at)) - 1
+    size = int.from_bytes(data[size_at:body]) & most
+    # What is left open holds others, or else is damaged.
+    end = len(data) if size == most else body + size
+    return body, end, size == most or data[at:size_at] in _MASTERS
 
 
 def _width(first: int, most: int) -> int:

@@ -129,9 +129,9 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     for codec in ("jpg", "zlib", "webp"):
         features.check(codec)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with suppress(ValueError, OSError):  # macOS knows no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it has nothing to write
     end = socket.socket(fileno=fd)
     threading.Thread(target=end_with_parent, args=(end,), daemon=True).start()
     with suppress(EOFError, OSError):
