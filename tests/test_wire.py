@@ -211,6 +211,9 @@ WRONG = {
         for name in _GOOD
     },
     "no inputs": packed({**_GOOD, "inputs": []}),
+    "inputs that run never": packed({**_GOOD, "repeat": 0}),
+    "inputs that run without end": packed({**_GOOD, "repeat": 2**40}),
+    "a seed for each input of several runs": packed({**_GOOD, "seeds": [1], "repeat": 2}),
     "seeds for others": packed({**_GOOD, "seeds": [1, 2]}),
     "a seed that is a text": packed({**_GOOD, "seeds": ["1"]}),
     "an endless timeout": packed({**_GOOD, "timeout_s": float("inf")}),

@@ -23,6 +23,7 @@ ORDERS = ("load", "unload", "prepare")
 
 _Kinds = Mapping[str, tuple[type, ...]]
 _NUMBER = (float, int)
+MAX_RUNS = 100_000  # of a call: the most that CRANE_MAX_BATCH may be
 
 _CALL: _Kinds = {
     "request_id": (str,),
@@ -34,6 +35,7 @@ _CALL: _Kinds = {
     "keep_alive_s": (*_NUMBER, NoneType),
     "stream": (bool,),
     "caller": (str,),
+    "repeat": (int,),
 }
 _ANSWER: _Kinds = {
     "outputs": (list,),
@@ -68,8 +70,11 @@ def read_request(parts: Sequence[Part]) -> Call | tuple[str, str] | None:
 
 def _call(message: Any) -> Call:
     call = Call(**_checked(message, _CALL, "call"))
-    if not call.inputs or (call.seeds is not None and len(call.seeds) != len(call.inputs)):
-        raise BadMessage("its call has no inputs, or not a seed for each")
+    runs = len(call.inputs) * call.repeat
+    if call.repeat < 1 or not 1 <= runs <= MAX_RUNS:
+        raise BadMessage(f"its call has no inputs, or more than {MAX_RUNS} runs of them")
+    if call.seeds is not None and len(call.seeds) != runs:
+        raise BadMessage("its call has not a seed for each run of its inputs")
     if any(type(name) is not str for name in call.options):
         raise BadMessage("its call has an option whose name is no text")
     if any(type(seed) is not int for seed in call.seeds or ()):
