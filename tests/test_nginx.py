@@ -94,11 +94,13 @@ def run(port, body=b'{"model_id": "echo", "input": 1}', **headers):
     return ask(port, "POST", "/crane/run", body, **headers)
 
 
-def test_calls_and_probes_pass_and_metrics_are_the_hosts_own(port, crane):
+def test_calls_and_probes_pass_and_metrics_do_not(port, crane):
     status, headers, body = run(port, **{"X-Request-ID": "through-nginx"})
     assert (status, json.loads(body)["output"]) == (200, 1)
     assert headers["X-Request-ID"] == "through-nginx"
-    assert [ask(port, "GET", path)[0] for path in ("/livez", "/readyz", "/metrics")] == [200] * 3
+    assert [ask(port, "GET", path)[0] for path in ("/livez", "/readyz")] == [200] * 2
+    status, _, body = ask(port, "GET", "/metrics")
+    assert (status, json.loads(body)["error"]["code"]) == (403, "REFUSED")
     assert ask(port, "GET", "/crane/run")[1]["Allow"] == "OPTIONS, POST"
 
 
