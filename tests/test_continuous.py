@@ -19,6 +19,7 @@ from backend.adapters.base import Prediction, too_late
 from backend.adapters.echo import Echo
 from backend.adapters.footprint import count
 from backend.adapters.packing import FEW, MANY, PATIENCE, SETTLED, Packing
+from backend.adapters.prefill import shares
 from backend.adapters.prefixes import LEAST, Prefixes
 from backend.adapters.slot_trial import layout_of
 from backend.errors import DeadlineExceeded, InvalidRequest
@@ -85,6 +86,9 @@ class Written:
     def answer(self, entry, prediction):
         self.texts[entry.place] = prediction
 
+    def token(self, place):
+        pass
+
 
 class Left(list):
     """A prompt whose caller leaves at some time."""
@@ -113,7 +117,21 @@ class Ids:
         return " ".join(map(str, ids))
 
 
-def written_by(model, prompts, most=16, room=12, **how):
+class Noted(continuous.Completion):
+    """Tells of each of its tokens."""
+
+    def __init__(self, note, *args, **how):
+        super().__init__(*args, **how)
+        self.note = note
+
+    def take(self, token):
+        self.note()
+        super().take(token)
+
+
+def written_by(model, prompts=(), most=16, room=12, feed=None, **how):
+    feed = feed or Written(prompts)
+
     def begin(entry):
         options = {"repetition_penalty": 1, "min_tokens": 0, "temperature": 0}
         options |= {"presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": None}
@@ -122,19 +140,23 @@ def written_by(model, prompts, most=16, room=12, **how):
             prompt=entry.input,
             room=room,
             cut=False,
-            completion=continuous.Completion(
-                Ids(), prompt_tokens=len(entry.input), room=room, ends={1}, stop=[]
+            completion=Noted(
+                lambda: feed.token(entry.place),
+                Ids(),
+                prompt_tokens=len(entry.input),
+                room=room,
+                ends={1},
+                stop=[],
             ),
             sampling=continuous.Sampling(options, None, prompt=[], ends={1}, device="cpu"),
         )
 
-    feed = Written(prompts)
     how = {"most_texts": most, "most_tokens": 10**6, "before_run": lambda rows: None} | how
     with torch.inference_mode():
         kept = how.pop("kept", None) or Prefixes(10**6)
         batch = continuous.ContinuousBatch(model, model.layout, kept, begin, str, **how)
         batch.run(feed)
-    return [feed.texts[place] for place in range(len(prompts))]
+    return [feed.texts[place] for place in range(len(feed.texts))]
 
 
 def runs_of(monkeypatch):
@@ -316,14 +338,110 @@ def test_what_only_generate_does_is_left_to_it(setting):
 
 
 def test_long_prompts_are_read_in_parts_and_others_are_written_meanwhile(monkeypatch):
-    monkeypatch.setattr(continuous, "READ_TOKENS", 8)
+    monkeypatch.setattr(continuous, "READ_TOKENS", 16)
     model = model_of("Llama")
     prompts = [[5, 6], *prompts_of(6, most=100)]
     runs = runs_of(monkeypatch)
     texts = written_by(model, prompts)
     assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
-    assert runs[:3] == [[2], [1, 8], [1, 8]]
-    assert max(map(max, runs)) == 8
+    assert runs[0][0] == 2
+    assert all(sum(run) <= 16 + len(prompts) for run in runs)
+
+
+class Coming(Written):
+    """A feed of prompts of which some come later: each with its caller, and the run that it is for.
+
+    ``began`` and ``first`` have the runs in which each was taken, and got its first token.
+    """
+
+    def __init__(self, coming, runs):
+        self.coming, self.runs, self.texts = dict(enumerate(coming)), runs, {}
+        self.began, self.first = {}, {}
+
+    def take(self, most):
+        due = [place for place, (at, *_) in self.coming.items() if at <= len(self.runs)][:most]
+        taken = []
+        for place in due:
+            _, caller, prompt = self.coming.pop(place)
+            taken.append(entry(place, prompt))
+            taken[-1].caller = caller
+            self.began[place] = len(self.runs)
+        return taken
+
+    def token(self, place):
+        self.first.setdefault(place, len(self.runs))
+
+
+def written_as_they_come(model, coming, monkeypatch, **how):
+    runs = runs_of(monkeypatch)
+    feed = Coming(coming, runs)
+    texts = written_by(model, feed=feed, **how)
+    return feed, runs, texts
+
+
+@pytest.mark.parametrize("callers", ["ab", "aa"])
+def test_a_short_prompt_does_not_wait_for_a_long_one(monkeypatch, callers):
+    monkeypatch.setattr(continuous, "READ_TOKENS", 16)
+    model = model_of("Llama")
+    long, short, longer = prompts_of(1, most=2)[0] * 100, [7, 8, 9], [11, *range(20, 110)]
+    coming = [(0, callers[0], long), (1, callers[0], longer), (2, callers[1], short)]
+    feed, _, texts = written_as_they_come(model, coming, monkeypatch)
+    assert feed.first[2] - feed.began[2] == 1
+    assert feed.first[0] > 6
+    wanted = [alone(model, prompt) for *_, prompt in coming]
+    assert [text.output for text in texts] == wanted
+
+
+def test_a_long_prompt_is_read_however_many_short_ones_come(monkeypatch):
+    monkeypatch.setattr(continuous, "READ_TOKENS", 16)
+    model, long = model_of("Llama"), list(range(10, 110))
+    coming = [(0, "a", long)]
+    coming += [
+        (run, "b", [3 + run, place, *range(60, 75)]) for run in range(60) for place in (4, 5)
+    ]
+    feed, _, texts = written_as_they_come(model, coming, monkeypatch, room=2)
+    assert feed.first[0] <= 1 + 4 * len(long) // 16
+    assert texts[0].output == alone(model, long)[: len(texts[0].output)]
+
+
+@pytest.mark.parametrize(("bound_s", "first"), [(1e9, "small"), (0.0, "large")])
+def test_a_text_that_is_too_large_for_now_is_overtaken_for_a_while(monkeypatch, bound_s, first):
+    monkeypatch.setattr(continuous, "AGE_BOUND_S", bound_s)
+    model = model_of("Llama")
+    coming = [(0, "a", [5] * 4), (1, "a", list(range(10, 60))), (2, "a", [6, 7])]
+    feed, _, texts = written_as_they_come(model, coming, monkeypatch, most_tokens=60)
+    assert (feed.first[2] < feed.first[1]) == (first == "small")
+    assert [text.output for text in texts] == [alone(model, prompt) for *_, prompt in coming]
+
+
+def test_who_has_fewest_texts_is_admitted_first(monkeypatch):
+    model = model_of("Llama")
+    coming = [(0, "a", [5 + place, 6]) for place in range(6)] + [(0, "b", [9, 9])]
+    feed, _, _ = written_as_they_come(model, coming, monkeypatch, most_tokens=3 * 14)
+    assert feed.first[6] == min(feed.first.values())
+
+
+@pytest.mark.parametrize("max_tokens", [16, 64, 512])
+def test_a_run_is_shared_by_all_in_prefill(max_tokens):
+    draw = random.Random(max_tokens)
+    for _ in range(300):
+        unread = [
+            (draw.choice("abc"), draw.choice([1, 5, 40, 400, 4000]))
+            for _ in range(draw.randrange(1, 16))
+        ]
+        counts = shares(unread, max_tokens)
+        assert all(1 <= count <= left for count, (_, left) in zip(counts, unread, strict=True))
+        whole = sum(left for _, left in unread)
+        assert (
+            min(whole, max_tokens) <= sum(counts) <= max(max_tokens, len(counts) + max_tokens // 4)
+        )
+        assert counts[0] >= min(unread[0][1], max_tokens // 4)
+
+
+def test_of_each_caller_the_shortest_prompt_is_read_first():
+    unread = [("a", 900), ("a", 100), ("a", 100), ("b", 120), ("b", 500)]
+    assert shares(unread, 512) == [129, 100, 100, 120, 63]
+    assert shares(unread, 64) == [17, 44, 1, 1, 1]
 
 
 def test_texts_wait_for_memory_and_all_are_written():
@@ -350,6 +468,20 @@ def test_the_beginning_that_prompts_have_in_common_is_read_once(monkeypatch):
     assert [text.output for text in texts] == [alone(model, prompt) for prompt in prompts]
     assert "cached_tokens" not in first[0].usage
     assert [text.usage["cached_tokens"] for text in others] == [len(begins)] * 7
+
+
+@pytest.mark.parametrize(("callers", "times"), [("aaaa", 1), ("abcd", 4)])
+def test_a_beginning_that_is_being_read_is_waited_for_by_its_caller_alone(
+    monkeypatch, callers, times
+):
+    model, begins = model_of("Llama"), list(range(10, 10 + 2 * LEAST))
+    coming = [(0, caller, [*begins, place]) for place, caller in enumerate(callers)]
+    _, runs, texts = written_as_they_come(model, coming, monkeypatch, room=2)
+    read = sum(count for run in runs for count in run)
+    assert times * len(begins) <= read < (times + 1) * len(begins)
+    assert [text.usage.get("cached_tokens", 0) for text in texts] == [
+        len(begins) if place >= times else 0 for place in range(4)
+    ]
 
 
 @pytest.fixture(scope="module")

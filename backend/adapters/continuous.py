@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
 from typing import Any
+
+import numpy as np
 
 from backend.adapters.base import Entry, Feed, too_late
 from backend.adapters.completion import Completion, Pace
 from backend.adapters.decoding import Sampling, choose
 from backend.adapters.numbers import not_numbers
-from backend.adapters.prefixes import Prefix, Prefixes
+from backend.adapters.prefill import shares
+from backend.adapters.prefixes import LEAST, Prefix, Prefixes, common
 from backend.adapters.slots import Decoder, Layout
 from backend.engine import turns
 from backend.errors import CraneError
@@ -20,10 +26,11 @@ from backend.errors import CraneError
 # Of prompts that are read in one run, with the next token of each text: a fifth of a second for a
 # model of 1 billion weights on a CPU, nothing on a GPU.
 READ_TOKENS = 512
+AGE_BOUND_S = 5.0  # that others may overtake one which is too large for the memory that is left
 LEAST_LOGPROB = -9999.0  # as OpenAI says it: JSON has no minus infinity
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Text:
     """A prompt, and what is written after it."""
 
@@ -33,9 +40,23 @@ class Text:
     completion: Completion
     sampling: Sampling
     cut: bool  # whether the prompt is
+    taken_at: float = field(default_factory=time.monotonic)
     known: int = 0  # tokens of the prompt that were not read again
     next: int = 0  # the token that was chosen last, and is not run yet
     broken: bool = False  # whether its scores are no numbers any more
+    number: int = 0  # in the order in which texts were admitted
+
+    @cached_property
+    def ids(self) -> np.ndarray[Any, Any]:
+        return np.array(self.prompt, np.int64)
+
+    def is_late(self, now: float) -> bool:
+        """Whether it has waited so long that nobody may overtake it any more."""
+        return now - self.taken_at >= AGE_BOUND_S
+
+    @property
+    def caller(self) -> str:
+        return self.entry.caller
 
     @property
     def most_tokens(self) -> int:
@@ -45,9 +66,9 @@ class Text:
 class ContinuousBatch:
     """Writes texts with one model, all of them one token further at a time.
 
-    A prompt is read in the same run as the others' next token, a long one in several, and from then
-    on its text is one of them. What differs between texts (their options, seeds, lengths) is a
-    row's own.
+    Prompts are read in the same runs in which the others get their next token, as ``shares`` has
+    it, and from then on their texts are among these. What differs between texts (their options,
+    seeds, lengths) is a row's own.
     """
 
     def __init__(
@@ -76,8 +97,9 @@ class ContinuousBatch:
         self._before_run = before_run
         self._most_texts = most_texts
         self._most_tokens = most_tokens
-        self._waiting: deque[Text] = deque()
+        self._waiting: list[Text] = []  # for memory, or for what another reads; the oldest first
         self._texts: list[Text] = []  # in the order of their slots
+        self._numbers = count()
         self._pace = Pace()
 
     def run(self, feed: Feed) -> None:
@@ -92,9 +114,7 @@ class ContinuousBatch:
             self._run(feed)
 
     def _take(self, feed: Feed) -> None:
-        if self._waiting:  # for room: who comes after waits too
-            return
-        for entry in feed.take(self._most_texts - len(self._texts)):
+        for entry in feed.take(self._most_texts - len(self._texts) - len(self._waiting)):
             text = self._begin(entry)
             if isinstance(text, Text):
                 self._waiting.append(text)
@@ -118,40 +138,79 @@ class ContinuousBatch:
             self._decoder.clear()
 
     def _admit(self) -> None:
-        """Have those that have waited longest be read, when no other is, and all at once."""
-        if not self._waiting or any(self._reads(slot) for slot in range(len(self._texts))):
-            return
-        tokens = 0
-        longest = max((text.most_tokens for text in self._texts), default=0)
-        group: list[tuple[int, Text, Prefix | None]] = []
-        while self._waiting:
-            text, count = self._waiting[0], len(self._texts) + len(group) + 1
-            longest = max(longest, text.most_tokens)
-            if count > 1 and count * longest > self._most_tokens:
-                break
-            known = self._prefixes.find(text.entry.caller, text.prompt[:-1])
+        """Have those who wait be read, as far as there is memory for them.
+
+        Who has the fewest texts here goes first, and then who has waited longest. One that is too
+        large for now is overtaken for ``AGE_BOUND_S`` at most.
+        """
+        admitted: list[tuple[int, Text, Prefix | None]] = []
+        running = Counter(text.caller for text in self._texts)
+        may = list(self._waiting)
+        while may:
+            now = time.monotonic()
+            text = min(may, key=lambda one: (not one.is_late(now), running[one.caller]))
+            may.remove(text)
+            others = [*self._texts, *(one for _, one, _ in admitted)]
+            longest = max(one.most_tokens for one in (text, *others))
+            if others and (len(others) + 1) * longest > self._most_tokens:
+                if text.is_late(now):
+                    break
+                continue
+            known = self._prefixes.find(text.caller, text.ids[:-1])
             text.known = known.length if known is not None else 0
-            unread = len(text.prompt) - text.known
-            tokens += unread
-            if tokens > READ_TOKENS and group:
-                break
-            group.append((unread, self._waiting.popleft(), known))
+            if self._is_being_read(text, [one for _, one, _ in admitted]):
+                continue
+            admitted.append((len(text.prompt) - text.known, text, known))
+            running[text.caller] += 1
+            self._waiting.remove(text)
         # Side by side those of like length need less padding.
-        for _, text, known in sorted(group, key=lambda one: one[0]):
+        for _, text, known in sorted(admitted, key=lambda one: one[0]):
+            text.number = next(self._numbers)
             self._decoder.add(known)
             self._texts.append(text)
 
+    def _is_being_read(self, text: Text, admitted: list[Text]) -> bool:
+        """Whether another prompt in prefill begins alike, and will soon be in the prefix cache.
+
+        To wait for it takes no more than twice what that spares.
+        """
+        read = [
+            (other, self._decoder.lengths[slot])
+            for slot, other in enumerate(self._texts)
+            if self._reads(slot)
+        ]
+        for other, length in [*read, *((one, one.known) for one in admitted)]:
+            if other.caller == text.caller or self._prefixes.shared:
+                spared = common(text.ids[:-1], other.ids) - text.known
+                if spared >= LEAST and 2 * spared >= len(other.prompt) - length:
+                    return True
+        return False
+
     def _reads(self, slot: int) -> bool:
         return self._decoder.lengths[slot] < len(self._texts[slot].prompt)
+
+    def _counts(self) -> list[int]:
+        """How many tokens of each text the next run has."""
+        counts = [1] * len(self._texts)
+        slots = [slot for slot in range(len(counts)) if self._reads(slot)]
+        slots.sort(key=lambda slot: self._texts[slot].number)
+        unread = [
+            (self._texts[slot].caller, len(self._texts[slot].prompt) - self._decoder.lengths[slot])
+            for slot in slots
+        ]
+        for slot, share in zip(slots, shares(unread, READ_TOKENS), strict=True):
+            counts[slot] = share
+        return counts
 
     def _run(self, feed: Feed) -> None:
         """Read on, and write the next token of each text that was read."""
         self._before_run(len(self._texts))
         before = list(self._decoder.lengths)
+        counts = self._counts()
         scores = self._decoder.run(
             [
-                text.prompt[length : length + READ_TOKENS] or [text.next]
-                for text, length in zip(self._texts, before, strict=True)
+                text.prompt[length : length + count] or [text.next]
+                for text, length, count in zip(self._texts, before, counts, strict=True)
             ]
         )
         for text, broken in zip(self._texts, scores[:, 0].isnan().tolist(), strict=True):

@@ -58,12 +58,12 @@ class Prefixes:
         self._clock = clock
         self._kept: list[_Kept] = []  # the most recently used at the end
 
-    def find(self, caller: str, prompt: list[int]) -> Prefix | None:
+    def find(self, caller: str, prompt: list[int] | np.ndarray[Any, Any]) -> Prefix | None:
         """The longest beginning that a prompt has in common with one of its caller's."""
         wanted = np.array(prompt, np.int64)
         found, longest = None, LEAST - 1
         for one in self._own(caller):
-            if (length := _common(wanted, one.ids)) > longest:
+            if (length := common(wanted, one.ids)) > longest:
                 found, longest = one, length
         if found is None:
             return None
@@ -80,10 +80,10 @@ class Prefixes:
             return
         ids = np.array(prompt, np.int64)
         own = self._own(caller)
-        if any(_common(ids, one.ids) == length for one in own):
+        if any(common(ids, one.ids) == length for one in own):
             return
         # A prompt that continues an earlier one includes it.
-        included = {id(one) for one in own if _common(ids, one.ids) == len(one.ids)}
+        included = {id(one) for one in own if common(ids, one.ids) == len(one.ids)}
         rest = [one for one in self._kept if id(one) not in included]
         size = sum(part.nbytes for pair in layers for part in pair)
         kept = self._beside(rest, self._whose(caller), size)
@@ -125,7 +125,7 @@ class Prefixes:
         return left
 
 
-def _common(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
+def common(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
     """How many tokens two prompts begin with alike."""
     most = min(len(one), len(other))
     differ = np.flatnonzero(one[:most] != other[:most])
