@@ -476,7 +476,8 @@ def test_a_beginning_that_is_being_read_is_waited_for_by_its_caller_alone(
 ):
     model, begins = model_of("Llama"), list(range(10, 10 + 2 * LEAST))
     coming = [(0, caller, [*begins, place]) for place, caller in enumerate(callers)]
-    _, runs, texts = written_as_they_come(model, coming, monkeypatch, room=2)
+    feed, runs, texts = written_as_they_come(model, coming, monkeypatch, room=2)
+    assert len(set(feed.first.values())) == (1 if times == 4 else 2)
     read = sum(count for run in runs for count in run)
     assert times * len(begins) <= read < (times + 1) * len(begins)
     assert [text.usage.get("cached_tokens", 0) for text in texts] == [
