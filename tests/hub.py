@@ -15,12 +15,14 @@ LARGE = (".safetensors", ".bin")
 class Hub:
     """Serves a folder as a repository of any name; ``url`` is for HF_ENDPOINT.
 
-    Weights are sent to their ``hold_at``-th byte, and on when ``go_on`` is set.
+    One of a name that the folder has as a folder is that. Weights are sent to their ``hold_at``-th
+    byte, and on when ``go_on`` is set; so is everything if it is ``silent``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.hold_at: int | None = None
+        self.silent = False
         self.go_on = threading.Event()
         self.asked: list[str] = []
 
@@ -37,7 +39,7 @@ class Hub:
     def close(self) -> None:
         self.go_on.set()
         self._server.shutdown()
-        self._server.server_close()
+        self._server.server_close()  # which may be done twice
 
     def environment(self, cache: Path) -> dict[str, str]:
         return {
@@ -50,38 +52,39 @@ class Hub:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.partition("?")[0]
         self.asked.append(f"{handler.command} {path}")
+        if self.silent:
+            self.go_on.wait(60)
+        name = path.removeprefix("/api/models").split("/")[2]
+        folder = self.folder / name if (self.folder / name).is_dir() else self.folder
         if path.startswith("/api/models/") and "/tree/" in path:
-            self._send(handler, json.dumps([self._entry(file) for file in self._files()]).encode())
+            entries = [self._entry(folder, file) for file in _files(folder)]
+            self._send(handler, json.dumps(entries).encode())
         elif path.startswith("/api/models/"):
             info = {
                 "id": "of/model",
                 "sha": COMMIT,
                 "siblings": [
-                    {**self._entry(file), "rfilename": self._name(file)} for file in self._files()
+                    {**self._entry(folder, file), "rfilename": str(file.relative_to(folder))}
+                    for file in _files(folder)
                 ],
             }
             self._send(handler, json.dumps(info).encode())
         elif "/resolve/" in path:
             name = path.partition("/resolve/")[2].partition("/")[2]
-            self._send_file(handler, self.folder / name)
+            self._send_file(handler, folder, name)
         else:
             handler.send_error(404)
 
-    def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.rglob("*") if path.is_file())
-
-    def _name(self, file: Path) -> str:
-        return str(file.relative_to(self.folder))
-
-    def _entry(self, file: Path) -> dict:
+    def _entry(self, folder: Path, file: Path) -> dict:
         size, blob = file.stat().st_size, _digest(file)
-        entry = {"type": "file", "path": self._name(file), "size": size}
+        entry = {"type": "file", "path": str(file.relative_to(folder)), "size": size}
         if file.name.endswith(LARGE):
             lfs = {"oid": blob, "sha256": blob, "size": size, "pointerSize": 130}
             return entry | {"oid": "0" * 40, "blobId": "0" * 40, "lfs": lfs}
         return entry | {"oid": blob[:40], "blobId": blob[:40]}
 
-    def _send_file(self, handler: BaseHTTPRequestHandler, file: Path) -> None:
+    def _send_file(self, handler: BaseHTTPRequestHandler, folder: Path, name: str) -> None:
+        file = folder / name
         if not file.is_file():
             handler.send_response(404)
             handler.send_header("X-Error-Code", "EntryNotFound")
@@ -89,7 +92,7 @@ class Hub:
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return
-        entry = self._entry(file)
+        entry = self._entry(folder, file)
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         self._send(handler, file.read_bytes(), etag, held="lfs" in entry)
 
@@ -107,6 +110,10 @@ class Hub:
         handler.wfile.flush()
         if data[first:] and self.go_on.wait(60):
             handler.wfile.write(data[first:])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _digest(file: Path) -> str:

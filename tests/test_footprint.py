@@ -104,7 +104,13 @@ def test_quantized_weights_are_counted_as_they_are(load):
             None,
             ["unet/a.safetensors", "vae/b.bin"],
         ),
-        (["a.safetensors", "part/b.safetensors"], None, ["a.safetensors", "part/b.safetensors"]),
+        (
+            ["a.safetensors", "1_Dense/b.safetensors", "checkpoint-5/a.safetensors"],
+            None,
+            ["a.safetensors", "1_Dense/b.safetensors"],
+        ),
+        (["part/b.safetensors"], None, ["part/b.safetensors"]),
+        (["model.safetensors", "consolidated.safetensors"], None, ["model.safetensors"]),
         (["README.md"], None, []),
     ],
 )

@@ -203,7 +203,7 @@ def test_a_load_goes_on_where_its_progress_cannot_be_told(make_app, slow, monkey
     wait_for(lambda: run(client, "slow").status_code == 200)
 
 
-def test_a_load_that_waits_its_turn_has_no_progress_yet_nor_has_one_that_is_over(
+def test_a_load_that_waits_for_another_says_for_which_and_one_that_is_over_has_no_progress(
     make_app, slow, add_task
 ):
     entry, model = slow
@@ -211,16 +211,21 @@ def test_a_load_that_waits_its_turn_has_no_progress_yet_nor_has_one_that_is_over
     class Next(model):
         pass
 
-    client = make_app([entry, add_task("next", Next)]).test_client()
+    client = make_app([entry, add_task("next", Next)], load_wait_s=0.5).test_client()
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run, client, "slow")
         wait_for(lambda: shown(client))
         second = threads.submit(run, client, "next")
-        wait_for(lambda: client.get("/crane/models/next").json["state"] == "loading")
-        time.sleep(0.1)
-        assert shown(client, "next") is None
+        progress = {"stage": "wait", "waiting_for": "slow"}
+        progress |= {"done_bytes": 0, "total_bytes": 1000, "left_s": None}
+        wait_for(lambda: shown(client, "next") == progress)
+        error = second.result().json["error"]
+        assert (error["code"], error["details"]["progress"]) == ("MODEL_LOADING", progress)
+        assert "still loading after 0.5 s (waiting for the load of slow); " in error["message"]
         model.gate.set()
-        assert (first.result().status_code, second.result().status_code) == (200, 200)
+        assert first.result().json["error"]["code"] == "MODEL_LOADING"
+    for name in ("slow", "next"):
+        wait_for(lambda name=name: run(client, name).status_code == 200)
     assert shown(client) is None
 
 

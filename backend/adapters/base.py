@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from backend.adapters import footprint
-from backend.adapters.hub import pick_device, pick_dtype
+from backend.adapters.hub import check_files, fetch_snapshot, pick_device, pick_dtype
 from backend.engine import libraries
 from backend.errors import CraneError, DeadlineExceeded, ModelUnavailable
 from backend.registry import ModelSpec
@@ -127,8 +127,9 @@ class Adapter(ABC):
     """Performs one task with one library.
 
     Building an adapter is cheap; ``load`` is what costs memory, and the only place to import the
-    library. The model's worker makes all calls from one thread, so an adapter needs no locks.
-    After ``load`` its ``revision``, ``device`` and ``dtype`` say what was loaded.
+    library. The model's worker makes one call at a time, all of them from one thread but ``place``
+    and ``fetch``, so an adapter needs no locks. After ``load`` its ``revision``, ``device`` and
+    ``dtype`` say what was loaded.
     """
 
     max_batch_tokens: ClassVar[int] = 32768  # padded; 32 texts of 1,024 tokens
@@ -176,6 +177,48 @@ class Adapter(ABC):
     def weight_files(self) -> Mapping[Path, int]:
         """The files that ``load`` will read the weights from, fetched or not, and their bytes."""
         return footprint.find_files(self.spec) if self.spec.hf_model else {}
+
+    def fetch(self) -> None:
+        """Have all that ``load`` reads on this machine, checked; other models may load meanwhile.
+
+        It may take hours, and run in another thread than the rest. A ``ModelUnavailable`` raised
+        here reaches the caller.
+        """
+        if self.spec.hf_model is None:
+            return
+        downloads = not Path(self.spec.weights()).is_absolute()
+        _ = self.folder
+        if downloads:  # so that what is known of them is what came
+            vars(self).pop("weight_files", None)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the files are that ``load`` reads: the entry's folder, or what the Hub has."""
+        weights = self.spec.weights()
+        folder = Path(weights)
+        if not folder.is_absolute():
+            # The snapshot's folder is named after its commit: the very files that are checked are
+            # loaded, even if the branch moves on meanwhile.
+            folder = self.download(weights)
+            self.revision = folder.name
+        check_files(folder, self.spec.sha256)
+        return folder
+
+    def download(self, repository: str) -> Path:
+        """The folder of what the Hub has, in its cache; fetched where it is not there yet."""
+        return fetch_snapshot(repository, self.spec.revision, **self.spec.load_kwargs)
+
+    @property
+    def weights(self) -> tuple[str, dict[str, str]]:
+        """What ``from_pretrained`` takes: a folder, and its keywords.
+
+        It has nothing to ask the Hub then. Code that a repository brings may, by its name.
+        """
+        folder = self.folder
+        by_name = self.spec.load_kwargs.get("trust_remote_code")
+        if by_name and not Path(self.spec.weights()).is_absolute():
+            return self.spec.weights(), {"revision": folder.name}
+        return str(folder), {}
 
     def wanted_dtype(self, device: str) -> torch.dtype | str:
         """What ``load`` makes of an entry's dtype: ``auto`` is the weights' own."""

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backend.adapters.base import Adapter, Batch
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import pick_device
 from backend.adapters.interruption import interruptible
 from backend.adapters.memory import compile_module, dtype_name, fit, offload, quantize
 from backend.adapters.numbers import check_numbers
 from backend.adapters.packing import keep_packed
 from backend.adapters.previews import Previewer
 from backend.adapters.transformers_base import quiet
+from backend.engine import libraries
 from backend.errors import InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
 
@@ -55,16 +56,10 @@ class DiffusersAdapter(Adapter):
 
     def load(self) -> None:
         diffusers = _import_quietly()
-        weights, revision = find_weights(self.spec)
+        folder, _ = self.weights
         self.device = pick_device(self.device)
         dtype = self.wanted_dtype(self.device)
         kwargs = self.spec.load_kwargs
-        folder = weights
-        if not Path(weights).is_dir():
-            # Fetched apart from loading: the snapshot's folder is named after its commit.
-            known = {k: kwargs[k] for k in ("variant", "use_safetensors") if k in kwargs}
-            folder = diffusers.DiffusionPipeline.download(weights, **revision, **known)
-            self.revision = Path(folder).name
         pipeline = getattr(diffusers, self.auto_class).from_pretrained(
             folder, dtype=dtype, **kwargs
         )
@@ -84,6 +79,18 @@ class DiffusersAdapter(Adapter):
         decoder = getattr(pipeline.components.get("vae"), "decoder", None)
         if decoder is not None:
             decoder.register_forward_hook(_check_decoded)
+
+    def download(self, repository: str) -> Path:
+        with libraries.alone.hold(self.spec.id):
+            diffusers = _import_quietly()
+        how = {
+            name: self.spec.load_kwargs[name]
+            for name in ("variant", "use_safetensors")
+            if name in self.spec.load_kwargs
+        }
+        if self.spec.revision:
+            how["revision"] = self.spec.revision
+        return Path(diffusers.DiffusionPipeline.download(repository, **how))
 
     def pack(self) -> None:
         """Have the linear layers as a processor's kernels want them: a pixel may differ by 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ logger = logging.getLogger("crane.engine")
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 _WIDTHS |= {"I16": 2, "U16": 2}
 _HALF = {"float16", "bfloat16"}
+# How from_pretrained calls weights, and where sentence-transformers keeps those of its modules.
+_NAMES = ("model.", "model-", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
+_OF_MODULE = re.compile(r"\d+_\w+/")
 MARGIN = 0.1  # of what is free
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 # Where weights may be in an object: ours and the libraries' own, not all that Python has.
@@ -79,7 +83,7 @@ def _of_hub(repository: str, revision: str | None, variant: str | None) -> dict[
     return found
 
 
-def weight_files(names: list[str], variant: str | None) -> list[str]:
+def weight_files(names: list[str], variant: str | None, subfolder: str | None = None) -> list[str]:
     """Of a checkpoint's files those that from_pretrained would read."""
     chosen = []
     for folder in sorted({os.path.dirname(name) for name in names}):
@@ -88,12 +92,18 @@ def weight_files(names: list[str], variant: str | None) -> list[str]:
             files = [name for name in here if name.endswith(ending)]
             of_variant = [name for name in files if f".{variant}" in os.path.basename(name)]
             plain = [name for name in files if "." not in os.path.basename(name)[: -len(ending)]]
-            if found := (of_variant if variant else []) or plain or files:
+            # Beside a model's own files there may be those of other programs, and of a training.
+            named = [name for name in plain if os.path.basename(name).startswith(_NAMES)]
+            if found := (of_variant if variant else []) or named or plain or files:
                 chosen += found
                 break
     # Beside the folders of its parts a diffusers checkpoint may have itself whole, in one file.
-    inside = [name for name in chosen if os.path.dirname(name)]
-    return inside if inside and "model_index.json" in names else chosen
+    if "model_index.json" in names:
+        return [name for name in chosen if os.path.dirname(name)] or chosen
+    # Elsewhere folders hold other copies of it, but those of sentence-transformers' modules.
+    own = [name for name in chosen if _OF_MODULE.match(name) or os.path.dirname(name) == subfolder]
+    top = [name for name in chosen if not os.path.dirname(name)]
+    return (own if subfolder else top + own) or chosen
 
 
 def _of_file(file: Path, size: int, dtype: str) -> int:

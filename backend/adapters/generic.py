@@ -8,7 +8,7 @@ from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.generic_calls import CALLS
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
 from backend.adapters.plain import plain
@@ -32,7 +32,7 @@ class GenericPipeline(Adapter):
         call = CALLS[self.spec.type]
         if missing := _missing(call.needs):
             raise ModelUnavailable(f"It needs {missing}, which is not installed here.")
-        weights, revision = find_weights(self.spec)
+        weights, revision = self.weights
         self.device = pick_device(self.device)
         kwargs = dict(self.spec.load_kwargs)
         trust = {"trust_remote_code": kwargs.pop("trust_remote_code", None)}
@@ -69,7 +69,6 @@ class GenericPipeline(Adapter):
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.do_sample = False  # numbers are drawn for all callers in turn
         self.dtype = dtype_name(model.dtype, self.spec.memory)
-        self.revision = getattr(model.config, "_commit_hash", None) or self.spec.revision
 
     def unload(self) -> None:
         del self.pipeline

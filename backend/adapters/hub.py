@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backend.adapters import footprint
 from backend.engine import libraries
 from backend.errors import ModelUnavailable
-from backend.registry import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-def find_weights(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
-    """Return what ``from_pretrained`` takes: a folder or Hub id, and its keywords.
+LOOK_UP_S = 10.0  # that the Hub has to say which files a repository has
+# Weights that nothing here reads, and files that a load has no use for.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".pb")
+_MORE_WEIGHTS = (".onnx", ".onnx_data", ".tflite", ".gguf", ".mlmodel", ".nemo", ".zip")
+_OF_NO_USE = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".wav", ".mp3")
 
-    Files that ``sha256`` names are checked first, and fetched first where they are on the Hub;
-    raises ``ModelUnavailable`` that names one that differs.
+
+def fetch_snapshot(repository: str, revision: str | None = None, **load: Any) -> Path:
+    """The folder of a Hub repository's files on this machine: those that a load reads.
+
+    ``load`` are the keywords of ``from_pretrained`` that choose files: ``variant``,
+    ``use_safetensors``, ``subfolder``, ``gguf_file``. What is in the cache is not downloaded again,
+    and is all there is where the Hub does not answer. Raises what ``huggingface_hub`` raises.
     """
-    weights = spec.weights()
-    revision = {"revision": spec.revision} if spec.revision else {}
-    folder = Path(weights) if Path(weights).is_absolute() else None
-    for name, digest in spec.sha256.items():
-        if folder is not None:
-            file = folder / name
-        else:
-            from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import disable_progress_bars
 
-            file = Path(hf_hub_download(weights, name, **revision))
-            # The snapshot's folder is named after its commit: load the very files just checked,
-            # even if the branch moves on meanwhile.
-            revision = {"revision": file.parents[len(Path(name).parts) - 1].name}
+    disable_progress_bars()
+    try:
+        found = HfApi().model_info(repository, revision=revision, timeout=LOOK_UP_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception as error:
+        # The Hub does not answer, or may not be called.
+        any_of = ["config.json", "model_index.json", "modules.json"]
+        try:
+            folder = snapshot_download(
+                repository, revision=revision, allow_patterns=any_of, local_files_only=True
+            )
+        except LocalEntryNotFoundError:
+            raise error from None
+        return Path(folder)
+    names = files_to_fetch([one.rfilename for one in found.siblings or ()], load)
+    return Path(
+        snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[glob.escape(name) for name in names],
+            etag_timeout=LOOK_UP_S,
+        )
+    )
+
+
+def files_to_fetch(names: list[str], load: Mapping[str, Any]) -> list[str]:
+    """Of a repository's files those that a load with such keywords reads, or may read."""
+    with_weights = names
+    if load.get("use_safetensors") is False:
+        with_weights = [name for name in names if not name.endswith(".safetensors")]
+    inside = load.get("subfolder")
+    weights = set(footprint.weight_files(with_weights, load.get("variant"), inside))
+    return [
+        name
+        for name in names
+        if name in weights
+        or name.endswith(str(load.get("gguf_file", "\0")))
+        or not name.lower().endswith(_OTHER_WEIGHTS + _MORE_WEIGHTS + _OF_NO_USE)
+    ]
+
+
+def check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise ``ModelUnavailable`` that names a file which does not have its ``sha256``."""
+    for name, digest in digests.items():
+        file = folder / name
         if not file.is_file() or sha256(file) != digest.lower():
             raise ModelUnavailable(f"Its file {name} does not match the sha256 in models.yaml.")
-    return weights, revision
 
 
 def sha256(file: Path) -> str:

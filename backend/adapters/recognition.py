@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
 from backend.adapters.recognition_ctc import CtcListener
@@ -46,7 +46,7 @@ class SpeechRecognizer(Adapter):
         import transformers
 
         quiet()
-        weights, revision = find_weights(self.spec)
+        weights, revision = self.weights
         self.device = pick_device(self.device)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
         config = transformers.AutoConfig.from_pretrained(weights, **revision, **trust)
@@ -61,7 +61,6 @@ class SpeechRecognizer(Adapter):
         model.eval()
         keep_packed(model)
         self.dtype = dtype_name(model.dtype, self.spec.memory)
-        self.revision = getattr(model.config, "_commit_hash", None) or self.spec.revision
         pipeline = transformers.pipeline(
             "automatic-speech-recognition",
             model=model,

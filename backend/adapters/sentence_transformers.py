@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import pick_device
 from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet, too_long
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -21,7 +21,7 @@ class SentenceTransformersAdapter(Adapter):
         quiet()
         import sentence_transformers
 
-        weights, revision = find_weights(self.spec)
+        weights, revision = self.weights
         self.device = pick_device(self.device)
         how = {"dtype": self.wanted_dtype(self.device), **self.spec.load_kwargs}
         self.model: Any = getattr(sentence_transformers, self.class_name)(
@@ -33,7 +33,6 @@ class SentenceTransformersAdapter(Adapter):
             raise ModelUnavailable("Its first module is no transformer, which Crane needs.")
         keep_packed(transformer, runs=self.model)
         self.dtype = str(transformer.dtype).removeprefix("torch.")
-        self.revision = getattr(transformer.config, "_commit_hash", None) or self.spec.revision
         self.window = self.model.max_seq_length
         self.prompt: str | None = self.model.prompts.get(self.model.default_prompt_name)
 

@@ -139,6 +139,9 @@ class Vits(SoundModel):
         return [wave(output.waveform[0])]
 
 
+VOCODER = "microsoft/speecht5_hifigan"
+
+
 class SpeechT5(SoundModel):
     """SpeechT5, and the vocoder that makes sound of its spectrograms.
 
@@ -151,7 +154,7 @@ class SpeechT5(SoundModel):
     def prepare(self, kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         import transformers
 
-        vocoder = kwargs.pop("vocoder", "microsoft/speecht5_hifigan")
+        vocoder = kwargs.pop("vocoder")
         self._speakers = kwargs.pop("speakers", None)
         loaded = transformers.SpeechT5HifiGan.from_pretrained(vocoder, dtype=dtype)
         self._vocoder = loaded.to(self.device).eval()

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import fetch_snapshot, pick_device
 from backend.adapters.own_draws import own_draws
-from backend.adapters.sound_models import Bark, MusicGen, Prompt, SoundModel, SpeechT5, Vits
+from backend.adapters.sound_models import (
+    VOCODER,
+    Bark,
+    MusicGen,
+    Prompt,
+    SoundModel,
+    SpeechT5,
+    Vits,
+)
 from backend.adapters.transformers_base import quiet, too_long
 from backend.errors import (
     CraneError,
@@ -34,11 +45,26 @@ class SoundMaker(Adapter):
 
     spares_cores = False  # as for pictures: one input takes long
 
+    def fetch(self) -> None:
+        super().fetch()
+        _ = self._load_kwargs
+
+    @cached_property
+    def _load_kwargs(self) -> dict[str, Any]:
+        """An entry's ``load``, with the vocoder that SpeechT5 needs on this machine."""
+        kwargs = dict(self.spec.load_kwargs)
+        config = json.loads((self.folder / "config.json").read_text())
+        if config.get("model_type") == "speecht5":
+            vocoder = kwargs.get("vocoder", VOCODER)
+            local = Path(vocoder).is_dir()
+            kwargs["vocoder"] = vocoder if local else str(fetch_snapshot(vocoder))
+        return kwargs
+
     def load(self) -> None:
         import transformers
 
         quiet()
-        weights, revision = find_weights(self.spec)
+        weights, revision = self.weights
         self.device = pick_device(self.device)
         dtype = self.wanted_dtype(self.device)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
@@ -49,9 +75,8 @@ class SoundMaker(Adapter):
                 f"Its checkpoint is of the kind {config.model_type}, and {self.spec.type} takes "
                 f"{', '.join(self.kinds)}."
             )
-        self.model = kind(weights, revision, dtype, self.device, dict(self.spec.load_kwargs))
+        self.model = kind(weights, revision, dtype, self.device, dict(self._load_kwargs))
         self.dtype = str(dtype).removeprefix("torch.")
-        self.revision = getattr(config, "_commit_hash", None) or self.spec.revision
 
     def wanted_dtype(self, device: str) -> torch.dtype:
         import torch

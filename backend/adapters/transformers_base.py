@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from backend.adapters.base import Adapter
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
 from backend.errors import InvalidRequest
@@ -21,7 +21,7 @@ class TransformersAdapter(Adapter):
         import transformers
 
         quiet()
-        weights, revision = find_weights(self.spec)
+        weights, revision = self.weights
         self.device = pick_device(self.device)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **trust)
@@ -34,7 +34,6 @@ class TransformersAdapter(Adapter):
         self.model = model if "device_map" in how else model.to(self.device)
         self.model.eval()
         self.dtype = dtype_name(self.model.dtype, self.spec.memory)
-        self.revision = getattr(self.model.config, "_commit_hash", None) or self.spec.revision
         # A classifier on a decoder finds a text's last token by the padding after it.
         config = self.model.config.get_text_config()
         if getattr(config, "pad_token_id", None) is None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
-from backend.adapters.hub import find_weights, pick_device
+from backend.adapters.hub import pick_device
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.numbers import check_numbers
 from backend.adapters.packing import keep_packed
@@ -32,7 +32,7 @@ class PictureModel(Adapter):
         import transformers
 
         quiet()
-        weights, revision = find_weights(self.spec)
+        weights, revision = self.weights
         self.device = pick_device(self.device)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
         self.processor = transformers.AutoImageProcessor.from_pretrained(
@@ -47,7 +47,6 @@ class PictureModel(Adapter):
         self.model.eval()
         keep_packed(self.model)
         self.dtype = dtype_name(self.model.dtype, self.spec.memory)
-        self.revision = getattr(self.model.config, "_commit_hash", None) or self.spec.revision
 
     def choose_class(self, weights: str, how: dict[str, Any]) -> str:
         """Transformers' name of the class that loads the model."""

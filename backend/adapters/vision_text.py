@@ -20,10 +20,11 @@ class PictureWriter(Generator):
 
     def load(self) -> None:
         super().load()
+        weights, revision = self.weights
         self.processor = self.load_processor(
-            self.spec.weights(),
+            weights,
             {
-                "revision": self.revision,
+                **revision,
                 **{k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"},
             },
         )

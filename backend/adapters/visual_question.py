@@ -29,8 +29,9 @@ class VisualQuestionAnswerer(TransformersAdapter):
         self._writes = kind == "blip"
         end_of_blip(self.model)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
+        weights, revision = self.weights
         self.processor = transformers.AutoImageProcessor.from_pretrained(
-            self.spec.weights(), revision=self.revision, **trust
+            weights, **revision, **trust
         )
 
     def unload(self) -> None:

@@ -28,8 +28,9 @@ class ZeroShotImageClassifier(TransformersAdapter):
 
         super().load()
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
+        weights, revision = self.weights
         self.processor = transformers.AutoImageProcessor.from_pretrained(
-            self.spec.weights(), revision=self.revision, **trust
+            weights, **revision, **trust
         )
         # SigLIP has learned to judge each text by itself, of 64 tokens with their padding.
         self._each_by_itself = "siglip" in self.model.config.model_type

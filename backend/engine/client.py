@@ -201,8 +201,7 @@ def _still_loading(model_id: str, waited_s: float, progress: dict[str, Any] | No
     left_s, far = None, ""
     if progress is not None:
         left_s = progress["left_s"]
-        done, total = shown_size(progress["done_bytes"]), shown_size(progress["total_bytes"])
-        far = f" ({done} of {total} {STAGES[progress['stage']]})"
+        far = f" ({_how_far(progress)})"
     retry_after_s = RETRY_S if left_s is None else min(max(left_s, 1.0), LONGEST_RETRY_S)
     return ModelLoading(
         f"{model_id} is still loading after {waited_s:g} s{far}; it goes on loading, so try again "
@@ -210,3 +209,10 @@ def _still_loading(model_id: str, waited_s: float, progress: dict[str, Any] | No
         details={"state": State.LOADING, "progress": progress},
         retry_after_s=retry_after_s,
     )
+
+
+def _how_far(progress: dict[str, Any]) -> str:
+    if progress["stage"] == "wait":
+        return f"waiting for the load of {progress['waiting_for']}"
+    done, total = shown_size(progress["done_bytes"]), shown_size(progress["total_bytes"])
+    return f"{done} of {total} {STAGES[progress['stage']]}"

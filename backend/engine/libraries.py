@@ -11,22 +11,75 @@ import importlib
 import logging
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # What nearly all adapters load their weights with. ``modeling_utils`` is the slow part.
 COMMON = ("torch", "transformers.modeling_utils")
 
-_importing = threading.Lock()  # so that no two threads import libraries at once
+LOOK_S = 0.25  # between looks whether a load is still wanted
+
+
+class LoadLock:
+    """One load at a time, in the order in which they came.
+
+    transformers' ``from_pretrained`` changes functions of the process while it works, and puts back
+    what it found: two at once may leave them changed for good, and then nothing loads any more. It
+    imports modules as well. Whoever waits can ask for whom.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._line: list[tuple[int, str]] = []  # threads and names; the first one has the lock
+
+    @property
+    def holder(self) -> str | None:
+        """The name under which the lock is held."""
+        line = self._line[:1]
+        return line[0][1] if line else None
+
+    @contextmanager
+    def hold(self, name: str, wanted: Callable[[], bool] = lambda: True) -> Iterator[bool]:
+        """Load in here; or not, where the value is false: it was not ``wanted`` any more.
+
+        A thread that has the lock may enter again.
+        """
+        me = threading.get_ident()
+        if self._line[:1] and self._line[0][0] == me:
+            yield True
+            return
+        mine = (me, name)
+        with self._changed:
+            self._line.append(mine)
+        try:
+            yield self._wait(mine, wanted)
+        finally:
+            with self._changed:
+                self._line.remove(mine)
+                self._changed.notify_all()
+
+    def _wait(self, mine: tuple[int, str], wanted: Callable[[], bool]) -> bool:
+        while wanted():
+            with self._changed:
+                if self._changed.wait_for(lambda: self._line[0] is mine, LOOK_S):
+                    return True
+        return False
+
+
+alone = LoadLock()
 
 
 def load(names: Iterable[str]) -> None:
     """Import libraries; whoever comes meanwhile waits until they are whole. Raises ImportError."""
-    with _importing:
+    missing = [name for name in names if imported(name) is None]
+    if not missing:
+        return
+    with alone.hold("the model libraries"):
         # What torchao reports of kernels that are not there helps nobody.
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        for name in names:
+        for name in missing:
             importlib.import_module(name)
 
 

@@ -68,7 +68,8 @@ class Residency:
     def take(self, tenant: Tenant, device: str, size: int, wanted: Callable[[], bool]) -> bool:
         """Hold ``size`` bytes for a tenant, when there is room; false once it is not ``wanted``.
 
-        Raises ``OutOfMemory`` where there never will be.
+        It may be unwanted by now, where its download took long: it has what there is room for at
+        once. Raises ``OutOfMemory`` where there never will be.
         """
         with self._changed:
             if not size:
@@ -77,18 +78,22 @@ class Residency:
             me = _Waiting(tenant, device, size, time.monotonic())
             self._line.append(me)
             try:
-                while wanted():
-                    self._check_possible(me)
-                    if self._may_enter(me):
-                        self._held[tenant] = _Holding(device, size)
-                        return True
+                entered = self._enters(me)
+                while not entered and wanted():
                     if me is self._first(device):
                         self._make_room(me)
                     self._changed.wait(LOOK_AGAIN_S)
-                return False
+                    entered = wanted() and self._enters(me)
+                return entered
             finally:
                 self._line.remove(me)
                 self._changed.notify_all()
+
+    def check(self, tenant: Tenant, device: str, size: int) -> None:
+        """Raise ``OutOfMemory`` where there will never be room for a tenant."""
+        if size:
+            with self._changed:
+                self._check_possible(_Waiting(tenant, device, size, time.monotonic()))
 
     def settle(self, tenant: Tenant, size: int) -> None:
         """Put right what a tenant holds, now that it is loaded; idle ones go if it is too much."""
@@ -158,6 +163,14 @@ class Residency:
         alone = not any(holding.device == me.device for holding in self._held.values())
         if me.size > self._budget(me.device) - kept or (alone and me.size > self._free(me.device)):
             raise self._refusal(me)
+
+    def _enters(self, me: _Waiting) -> bool:
+        """Hold the memory, if there is room just now. Raises ``OutOfMemory``."""
+        self._check_possible(me)
+        if not self._may_enter(me):
+            return False
+        self._held[me.tenant] = _Holding(me.device, me.size)
+        return True
 
     def _may_enter(self, me: _Waiting) -> bool:
         if self._short(me) > 0:

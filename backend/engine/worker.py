@@ -8,9 +8,9 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from typing import Any
 
@@ -21,10 +21,11 @@ from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine import libraries, turns
 from backend.engine.batch_queue import BatchQueue
-from backend.engine.calls import Item, Job, ModelStatus, State
+from backend.engine.calls import COMING, Item, Job, ModelStatus, State
 from backend.engine.devices import Devices
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.feed import Feed
+from backend.engine.fetch import Fetch
 from backend.engine.residency import Residency
 from backend.engine.runner import Runner, of_like_size, waited_for
 from backend.engine.watchdog import Watch, stack_of
@@ -43,11 +44,6 @@ logger = logging.getLogger("crane.engine")
 FIRST_RETRY_S = 10.0
 LAST_RETRY_S = 300.0
 LONGEST_WAIT_S = 3600.0  # a lock's own wait has a limit, of some days
-
-
-# transformers' from_pretrained changes functions of the process while it works and puts back what
-# it found: two at once may leave them changed for good, and then nothing loads any more.
-_LOADING = threading.Lock()
 
 
 class Leaving(Enum):
@@ -115,6 +111,8 @@ class Worker:
         self._leaving = Leaving.NO
         self._load_watch = LoadWatch({})
         self._watch = Watch(spec.id, hang_timeout_s, lambda: self._running)
+        self._fetching: Fetch | None = None
+        self._in_line = False  # whether it waits for the load of another model
         self._load_s: float | None = None
         self._size: tuple[str, int] | None = None  # its device and bytes, once it was loaded
         self._failures = 0
@@ -220,7 +218,7 @@ class Worker:
         mine = running and running[0].job.call.model_id == model_id
         return ModelStatus(
             state=self.state,
-            progress=self._load_watch.progress,
+            progress=self._progress(),
             queue=queued,
             running={"inputs": len(running), **self._runner.progress} if mine else None,
             device=self._devices.shown(self._adapter.device) if loaded else None,
@@ -322,7 +320,8 @@ class Worker:
                 self._changed.wait(left_s)
             self._drop_cancelled()
             again = self.pinned and self.state is State.FAILED and not self._closing
-            if self._queue or again or (self._wanted and not self._closing):
+            self._wanted |= again
+            if self._queue or (self._wanted and not self._closing):
                 return True
             self._thread = None
             return False
@@ -333,12 +332,18 @@ class Worker:
             self._drop_cancelled()
             return bool(self._queue) or (self._wanted and not self._closing)
 
+    def _goes_on(self) -> bool:
+        """Whether to go on loading: it does for whoever comes next, unless it is unloaded."""
+        with self._changed:
+            self._drop_cancelled()
+            return bool(self._queue) or not self.is_leaving
+
     def _load(self) -> bool:
         started = time.monotonic()
         try:
             adapter = self._adapter
-            adapter.check_entry()
-            libraries.load(adapter.libraries)
+            if not self._fetch(adapter):
+                return False
             device, size = self._size or adapter.place()
             self.state = State.WAITING
             memory = self._devices.memory(device)
@@ -346,7 +351,11 @@ class Worker:
                 self.state = State.UNLOADED
                 return False
             self.state = State.LOADING
-            with _LOADING if adapter.loads_alone else nullcontext():
+            with self._alone(adapter) as wanted:
+                if not wanted:
+                    self._residency.give_back(self)
+                    self.state = State.UNLOADED
+                    return False
                 started = time.monotonic()
                 with LoadWatch(adapter.weight_files) as self._load_watch:
                     self._load_in_time(adapter)
@@ -380,6 +389,71 @@ class Worker:
         }
         logger.info("%s loaded", self.model_id, extra={"fields": fields})
         return True
+
+    def _fetch(self, adapter: Adapter) -> bool:
+        """Have on this machine what a load reads, before it takes memory or keeps others waiting.
+
+        False once it is to be unloaded, or the engine closes. Raises ``ModelUnavailable`` after
+        ``CRANE_LOAD_TIMEOUT``.
+        """
+        self.state = State.LOADING
+        if adapter.spec.hf_model is None:
+            self._get_ready(adapter)
+            return True
+        until = time.monotonic() + self._load_timeout_s
+        while True:
+            # One that was left alone ends before another begins: it fetches the same files.
+            if self._fetching is None or (
+                self._fetching.adapter is not adapter and self._fetching.wait(0)
+            ):
+                self._fetching = Fetch(adapter, self._get_ready)
+            fetch = self._fetching
+            if fetch.wait(libraries.LOOK_S) and fetch.adapter is adapter:
+                self._fetching = None
+                fetch.check()
+                return True
+            if self._closing:
+                error = ModelUnavailable("The service is shutting down.", retry_after_s=5)
+                self._refuse_all(State.UNLOADED, error.message, error)
+                return False
+            if not self._goes_on():
+                self.state = State.UNLOADED
+                return False
+            if time.monotonic() > until:
+                raise ModelUnavailable(
+                    f"Its files were not there after {self._load_timeout_s:g} s; the download goes "
+                    "on. Raise CRANE_LOAD_TIMEOUT, or fetch them with `hf download` before."
+                )
+
+    def _get_ready(self, adapter: Adapter) -> None:
+        """Import, look up, check and download; in a thread of its own, for all of it may hang."""
+        adapter.check_entry()
+        libraries.load(adapter.libraries)
+        if self._size is None:
+            device, size = adapter.place()
+            self._residency.check(self, self._devices.memory(device), size)
+        with LoadWatch(adapter.weight_files) as self._load_watch:
+            adapter.fetch()
+
+    @contextmanager
+    def _alone(self, adapter: Adapter) -> Iterator[bool]:
+        """Wait until nothing else loads in this process; false if it is to be unloaded before."""
+        if not adapter.loads_alone:
+            yield True
+            return
+        self._in_line = True
+        with libraries.alone.hold(self.model_id, self._goes_on) as wanted:
+            self._in_line = False
+            yield wanted
+
+    def _progress(self) -> dict[str, Any] | None:
+        """How far a load is, as ``LoadWatch.progress`` has it, or for which other one it waits."""
+        holder = libraries.alone.holder
+        if not self._in_line or holder in (None, self.model_id):
+            return self._load_watch.progress if self.state in COMING else None
+        total = sum(self._adapter.weight_files.values())
+        about = {"done_bytes": 0, "total_bytes": total, "left_s": None}
+        return {"stage": "wait", "waiting_for": holder, **about}
 
     def _fail_load(self, error: BaseException) -> None:
         self._wanted = False
