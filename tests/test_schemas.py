@@ -106,7 +106,8 @@ def test_a_schema_that_takes_too_long_is_refused_with_its_limit(client, own, as_
     assert not processes()
 
 
-def test_who_waits_for_a_schema_holds_up_nobody_else(client, own):
+def test_who_waits_for_a_schema_holds_up_nobody_else(client, own, monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_PROCESSES", 1)
     plain = {"model_id": "shared-text", "input": "once", "options": {"max_tokens": 3}}
     kept = as_format({"const": "first"})
     assert run(client, **kept).status_code == 200
