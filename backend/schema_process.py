@@ -24,7 +24,7 @@ MEMORY = 256 * 2**20  # bytes, at most
 MAX_KEPT = 32 * 2**20  # bytes, once it is compiled: each model keeps some
 # Bytes of leftovers of earlier schemas after which another process takes over.
 MAX_LEFT = 64 * 2**20
-NICE = 10
+NICE = 5
 
 # What may stand between two parts of a document: else a model may write blanks without end.
 BLANKS = r"[ ]?|\n[ ]{0,20}"
