@@ -7,8 +7,10 @@ import json
 import jsonschema
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from transformers import AutoTokenizer
 
 from backend import create_app
+from backend.adapters import chat_template
 from backend.adapters.base import Batch
 from backend.adapters.chat import Chat
 from backend.adapters.completion import Completion
@@ -574,3 +576,24 @@ def test_openais_callers_are_refused_in_their_own_words(post, body, param):
     response = post(**body)
     assert response.status_code == 400, response.text
     assert response.json["error"]["param"] == param
+
+
+def test_control_tokens_are_not_looked_for_where_that_takes_longer_than_to_read_them_as_text(
+    chat, checkpoint, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("thinker"))
+    template = chat_template.ChatTemplate(tokenizer, tokenizer)
+    searched = []
+
+    class Tokens(list):
+        def __iter__(self):
+            searched.append(1)
+            return super().__iter__()
+
+    template._control = Tokens(f"<unused{place}>" for place in range(6000))
+    assert not template.is_to_sanitize({"messages": ["short"]})
+    assert template.is_to_sanitize({"messages": ["<" * 1_000_000]})
+    assert searched == [1]
+    plain = chat(asked())
+    monkeypatch.setattr(chat_template, "MAX_SEARCH", 0)
+    assert chat(asked())[0] == plain[0]

@@ -56,9 +56,12 @@ def own(monkeypatch):
     """A compiler of this test's own, whose processes end with it."""
     mine = Compiler()
     monkeypatch.setattr(compiler, "submit", mine.submit)
-    monkeypatch.setattr(compiler, "IDLE_S", 0.1)
+    monkeypatch.setattr(compiler, "MAX_PROCESSES", 1)  # so that a test knows which it is
     yield mine
-    wait_for(lambda: not mine._threads)
+    monkeypatch.setattr(compiler, "IDLE_S", 0.01)
+    with mine._lock:
+        mine._lock.notify_all()
+    wait_for(lambda: not mine._threads and not processes())
 
 
 def as_format(schema):
@@ -106,8 +109,7 @@ def test_a_schema_that_takes_too_long_is_refused_with_its_limit(client, own, as_
     assert not processes()
 
 
-def test_who_waits_for_a_schema_holds_up_nobody_else(client, own, monkeypatch):
-    monkeypatch.setattr(compiler, "MAX_PROCESSES", 1)
+def test_who_waits_for_a_schema_holds_up_nobody_else(client, own):
     plain = {"model_id": "shared-text", "input": "once", "options": {"max_tokens": 3}}
     kept = as_format({"const": "first"})
     assert run(client, **kept).status_code == 200
@@ -137,7 +139,8 @@ def test_a_process_that_was_killed_is_replaced(client, own):
             process.wait()
 
 
-def test_one_callers_schemas_are_compiled_one_at_a_time(own):
+def test_one_callers_schemas_are_compiled_one_at_a_time(own, monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_PROCESSES", 2)
     gate, begun = threading.Event(), threading.Event()
 
     def slow():
