@@ -35,6 +35,7 @@ def _asked(known: Any) -> dict[str, Any]:
         "options": body["options"],
         "request_id": known.request_id,
         "caller": known.caller.subject,
+        "admin": known.caller.admin,
         "repeat": body.get("repeat", 1),
         "caller_socket": request.environ.get("gunicorn.socket"),  # other servers keep it
     }

@@ -63,6 +63,7 @@ def run_model(
     *,
     request_id: str,
     caller: str = "",
+    admin: bool = False,
     repeat: int = 1,
     one_output: bool = False,
     caller_socket: socket | None = None,
@@ -70,11 +71,13 @@ def run_model(
     """Run a model on an input, or on each of a list of inputs; return the output and the receipt.
 
     With ``repeat`` each input has so many outputs, one after another, as if it was sent as often.
+    An ``admin`` may keep a model loaded for as long as it likes.
+
     Raises a ``CraneError`` that says what was wrong: ``NotAcceptable`` where ``one_output`` is all
     that can be delivered and there would be several; ``ClientClosedRequest`` where there is a
     ``caller_socket``, and its other end is closed while the model runs.
     """
-    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat)
+    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin)
     if one_output:
         asked.check_one_output()
     with crane.media.reading(caller, caller_socket) as reading:
@@ -90,6 +93,7 @@ def stream_model(
     *,
     request_id: str,
     caller: str = "",
+    admin: bool = False,
     repeat: int = 1,
     caller_socket: socket | None = None,
 ) -> Generator[Event | None]:
@@ -98,7 +102,7 @@ def stream_model(
     None says that there was nothing to tell for ``IDLE_S``. Whoever stops listening, by closing
     the generator, stops the work. Raises what ``run_model`` raises, wherever it happens.
     """
-    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat)
+    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin)
     with (
         crane.media.reading(caller, caller_socket) as reading,
         closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
@@ -128,19 +132,33 @@ class Asked:
         request_id: str,
         caller: str,
         repeat: int,
+        admin: bool,
     ) -> None:
         self._started = time.perf_counter()
         self._config = crane.config
         self._spec = crane.registry.get(model_id)
         self._task = TASKS[self._spec.type]
         self._options = load(self._spec.options_schema, options, "options")
-        self._keep_alive_s = self._options.pop("keep_alive")  # which changes no output
+        # Which changes no output.
+        self._keep_alive_s = self._allowed_stay(self._options.pop("keep_alive"), admin)
         self._input = input_
         self._repeat = repeat
         self._batched = type(input_) is list or repeat > 1
         self._request_id = request_id
         self._caller = caller
         self._seeds: list[int] | None = None
+
+    def _allowed_stay(self, wanted_s: float | None, admin: bool) -> float | None:
+        """How long a model stays for a caller: to keep it longer is its operator's to allow.
+
+        An entry does by ``limits: {keep_alive: …}``, ``idle_timeout`` and its own default.
+        """
+        spec = self._spec
+        if wanted_s is None or admin or "keep_alive" in spec.limits:
+            return wanted_s
+        own_s = self._config.idle_timeout_s if spec.idle_timeout is None else spec.idle_timeout
+        default_s = spec.options_schema.fields["keep_alive"].load_default
+        return min(wanted_s, max(own_s, default_s or 0.0))
 
     def check_one_output(self) -> None:
         if self._batched or self._task.outputs(self._options) > 1:

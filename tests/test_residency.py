@@ -23,6 +23,7 @@ from backend.engine import residency
 from backend.engine.calls import Call, Job
 from backend.errors import ModelUnavailable
 from backend.keys import Keys
+from backend.models import run_model
 from tests.conftest import order, run
 from tests.serving import ROOT, wait_for
 
@@ -376,11 +377,22 @@ def test_idle_time_counts_from_the_end_of_the_last_call(make_app, sized, events)
 
 
 @pytest.mark.parametrize(
-    ("keep_alive", "stays"), [(0, False), ("100ms", False), (-1, True), ("10m", True)]
+    ("keep_alive", "entry", "stays"),
+    [
+        (0, {}, False),
+        ("100ms", {}, False),
+        # To keep it longer than it stays anyway is the operator's to allow.
+        (-1, {}, False),
+        ("10m", {}, False),
+        ("10m", {"limits": {"keep_alive": 600}}, True),
+        (None, {"options": {"keep_alive": -1}}, True),
+        (-1, {"options": {"keep_alive": "1h"}}, True),
+    ],
 )
-def test_a_call_may_say_how_long_its_model_stays(make_app, sized, keep_alive, stays):
-    client = make_app([sized("a")], idle_timeout_s=0.3).test_client()
-    answer = run(client, "a", options={"keep_alive": keep_alive})
+def test_a_call_may_say_how_long_its_model_stays(make_app, sized, keep_alive, entry, stays):
+    client = make_app([sized("a", **entry)], idle_timeout_s=0.3).test_client()
+    sent = {} if keep_alive is None else {"keep_alive": keep_alive}
+    answer = run(client, "a", options=sent)
     assert answer.status_code == 200
     assert "keep_alive" not in answer.json["metadata"]["options"]
     if stays:
@@ -390,7 +402,46 @@ def test_a_call_may_say_how_long_its_model_stays(make_app, sized, keep_alive, st
         wait_for(lambda: state(client, "a") == "unloaded")
 
 
-def test_the_last_call_decides(make_app, sized):
+def run_as(app, caller, keep_alive=None, **more):
+    options = {} if keep_alive is None else {"keep_alive": keep_alive}
+    with app.test_request_context():
+        run_model(app.extensions["crane"], "a", "x", options, request_id="r", caller=caller, **more)
+
+
+@pytest.mark.parametrize("others", [None, 30, "1m"])
+def test_nobody_unloads_a_model_that_others_use(make_app, sized, events, others):
+    app = make_app([sized("a")], idle_timeout_s=60)
+    client = app.test_client()
+    run_as(app, "one", others)
+    for keep_alive in (0, "10ms"):
+        run_as(app, "two", keep_alive)
+    run_as(app, "", 0)
+    time.sleep(0.2)
+    assert state(client, "a") == "ready"
+    run_as(app, "one", 0)  # who was the only one to want it
+    wait_for(lambda: state(client, "a") == "unloaded")
+    assert events == [("load", "a"), ("unload", "a")]
+
+
+def test_what_an_order_has_loaded_is_not_unloaded_by_a_call(make_app, sized):
+    app = make_app([sized("a")], idle_timeout_s=60)
+    app.extensions["crane"].engine.load("a")
+    run_as(app, "one", 0)
+    time.sleep(0.2)
+    assert state(app.test_client(), "a") == "ready"
+
+
+def test_an_admin_may_keep_a_model_for_ever(make_app, sized):
+    app = make_app([sized("a")], idle_timeout_s=0.2)
+    run_as(app, "one", -1, admin=True)
+    run_as(app, "two", 0)
+    time.sleep(0.4)
+    assert state(app.test_client(), "a") == "ready"
+    run_as(app, "one", -1)
+    wait_for(lambda: state(app.test_client(), "a") == "unloaded")
+
+
+def test_the_last_call_of_a_caller_decides(make_app, sized):
     client = make_app([sized("a")], idle_timeout_s=60).test_client()
     run(client, "a", options={"keep_alive": -1})
     assert state(client, "a") == "ready"

@@ -28,6 +28,7 @@ from backend.engine.feed import Feed
 from backend.engine.fetch import Fetch
 from backend.engine.residency import Residency
 from backend.engine.runner import Runner, of_like_size, waited_for
+from backend.engine.stay import Stay
 from backend.engine.watchdog import Watch, stack_of
 from backend.errors import (
     CraneError,
@@ -99,7 +100,7 @@ class Worker:
         self._idle_timeout_s = idle_timeout_s
         self._load_timeout_s = load_timeout_s
         self._on_defunct = on_defunct
-        self._stay_s = self._own_stay_s(spec)
+        self._stay = Stay()
         self._queue = BatchQueue()
         self._running: list[Item] = []  # which is replaced, never changed
         self._parked: list[Item] = []  # until something is ready for them elsewhere
@@ -378,8 +379,8 @@ class Worker:
         self.used_at = time.monotonic()
         self._load_s = round(self.used_at - started, 3)
         self._runner.loaded_at(self.used_at)
+        self._stay.load(self.used_at, self._own_stay_s(adapter.spec), ordered=self._wanted)
         self._failures, self._error, self._wanted = 0, None, False
-        self._stay_s = self._own_stay_s(adapter.spec)
         self.state = State.READY
         fields = {
             "device": self._devices.shown(adapter.device),
@@ -592,7 +593,7 @@ class Worker:
                 stays = bool(self._parked)  # which come back soon
                 if (self._closing or self.is_leaving) and not stays:
                     return False
-                left_s = self.used_at + self._stay_s - time.monotonic()
+                left_s = self._stay.until - time.monotonic()
                 if self.pinned or stays:
                     left_s = math.inf
                 if left_s <= 0:
@@ -713,9 +714,10 @@ class Worker:
             over = set(map(id, batch))
             self._running = [item for item in self._running if id(item) not in over]
             self.used_at = time.monotonic()
-            call = batch[-1].job.call
-            own = self._own_stay_s(self._specs[call.model_id])
-            self._stay_s = own if call.keep_alive_s is None else call.keep_alive_s
+            for call in {id(item.job): item.job.call for item in batch}.values():
+                own = self._own_stay_s(self._specs[call.model_id])
+                stay_s = own if call.keep_alive_s is None else call.keep_alive_s
+                self._stay.use(call.caller, self.used_at, stay_s)
             idle = not self._queue and not self._running
         if idle:
             self._residency.look_again()
