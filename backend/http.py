@@ -26,6 +26,7 @@ from backend.errors import (
     RouteNotFound,
     error_body,
 )
+from backend.headers import SECURITY_HEADERS
 from backend.media import Media
 from backend.models import Crane
 from backend.openai.errors import error_of
@@ -38,14 +39,6 @@ logger = logging.getLogger("crane.http")
 
 _HEADERS = "crane.headers"  # of the environ
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-# An API's answers are data: nothing in them is to be rendered, framed, guessed at or kept.
-SECURITY_HEADERS = [
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"),
-    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cache-Control", "no-store"),
-]
 
 
 class OrjsonProvider(JSONProvider):

@@ -19,6 +19,7 @@ LAYERS = [
         "backend.engine.libraries",
         "backend.engine.turns",  # a load takes turns too
         "backend.errors",
+        "backend.headers",
         "backend.logs",
         "backend.lookups",
         "backend.media",

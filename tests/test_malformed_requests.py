@@ -162,6 +162,7 @@ def refused(answer):
     lines = head.split(b"\r\n")
     status = int(lines[0].split()[1])
     assert not [line for line in lines if line.lower().startswith(b"location")]
+    assert b"X-Content-Type-Options: nosniff" in lines
     error = json.loads(body)["error"]
     assert error["code"] != "INTERNAL_ERROR"
     assert error["message"]

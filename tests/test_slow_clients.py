@@ -266,3 +266,16 @@ def test_what_a_refused_client_still_sends_is_read_so_far_that_it_gets_its_answe
     server = gunicorn(CRANE_MAX_BODY="1KB")
     with connect(server, HEAD + b"Content-Length: 500000\r\n\r\n" + b"x" * 500_000) as client:
         assert status_of(client) == 413
+
+
+def test_livez_is_answered_where_every_thread_waits(gunicorn):
+    server = gunicorn(CRANE_THREADS=1)  # and four more
+    engine = server.engine()
+    engine.suspend()  # so each look at it takes a while
+    try:
+        with clients(server, 12, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n") as waiting:
+            assert server.get("/livez")[0] == 200
+            # Behind them it would be the thirteenth of what five threads do.
+            assert len(select.select(waiting, [], [], 0)[0]) < 8
+    finally:
+        engine.resume()

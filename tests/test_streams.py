@@ -457,6 +457,16 @@ def test_a_caller_that_reads_nothing_is_given_up(make_app):
         assert app.extensions["crane"].places._value == app.extensions["crane"].config.threads
 
 
+def test_a_stream_of_which_nothing_could_be_sent_leaves_nothing_taken(make_app):
+    app = make_app(quota="on")
+    client = app.test_client()
+    body = {"model_id": "echo", "input": 1, "stream": True}
+    response = client.post("/crane/run", json=body)
+    response.close()  # as the server does where the head of it was not taken
+    assert client.get("/crane/quota").json["concurrency"]["running"] == 0
+    assert app.extensions["crane"].places._value == app.extensions["crane"].config.threads
+
+
 def test_streams_hold_the_places_that_calls_have(make_app):
     client = make_app(threads=1).test_client()
     body = {"model_id": "echo", "input": 1, "options": {"delay_ms": 200}, "stream": True}

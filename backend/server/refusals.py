@@ -11,6 +11,7 @@ from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseExc
 
 from backend import metrics
 from backend.errors import CraneError, HeadersTooLarge, InternalError, InvalidRequest, error_body
+from backend.headers import SECURITY_HEADERS
 
 logger = logging.getLogger("crane.http")
 
@@ -44,7 +45,7 @@ def refusal(error: CraneError, path: Any = None) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         f"X-Request-ID: {request_id}",
-        *(f"{name}: {value}" for name, value in error.headers.items()),
+        *(f"{name}: {value}" for name, value in [*error.headers.items(), *SECURITY_HEADERS]),
     ]
     if error.retry_after_s is not None:
         head.append(f"Retry-After: {max(1, round(error.retry_after_s))}")
