@@ -118,14 +118,18 @@ def test_a_decoder_that_dies_costs_its_file_and_no_more(decoders, begun, how):
     assert decode(decoders).shape == (48, 64, 3)
 
 
-def test_a_claim_that_is_not_granted_ends_the_work_on_its_file(decoders):
+def test_a_claim_that_is_not_granted_ends_the_work_on_its_file(decoders, begun):
     def deny(pixels):
         assert pixels == 8192 * 4096
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        decode(decoders, SLOW, deny)
+    decode(decoders)
+    [process] = begun()
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            decode(decoders, SLOW, deny)
     assert decode(decoders).shape == (48, 64, 3)
+    assert begun() == [process]  # to start another costs more than most files
 
 
 def test_a_decoder_maps_no_more_memory_than_it_may():

@@ -990,7 +990,9 @@ def test_all_that_a_library_may_give_becomes_json_and_pictures():
         "model": {"last_hidden_state": [[0.0, 0.0]]},
         "none": None,
     }
-    shown = {name: read(media.data) for name, media in dump_generic(pictures, {}).items()}
+    shown = {
+        name: read(media.data) for name, media in dump_generic(pictures, {}, lambda: None).items()
+    }
     assert shown["mask"].tolist() == [[255, 0]]
     assert shown["grey"].tolist() == [[7, 7]]
     assert shown["colours"].tolist() == [[[1, 2, 3]] * 2]

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import NoneType
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from backend.engine.calls import Answer, Call, Event
 from backend.errors import ERRORS, CraneError, InternalError
@@ -20,34 +20,25 @@ from backend.messages import BadMessage, Part, pack, unpack
 __all__ = ["BadMessage", "pack", "unpack"]
 
 ORDERS = ("load", "unload", "prepare")
+MAX_RUNS = 100_000  # of a call: the most that CRANE_MAX_BATCH may be
 
 _Kinds = Mapping[str, tuple[type, ...]]
 _NUMBER = (float, int)
-MAX_RUNS = 100_000  # of a call: the most that CRANE_MAX_BATCH may be
 
-_CALL: _Kinds = {
-    "request_id": (str,),
-    "model_id": (str,),
-    "inputs": (list,),
-    "options": (dict,),
-    "seeds": (list, NoneType),
-    "timeout_s": _NUMBER,
-    "keep_alive_s": (*_NUMBER, NoneType),
-    "stream": (bool,),
-    "caller": (str,),
-    "repeat": (int,),
-}
-_ANSWER: _Kinds = {
-    "outputs": (list,),
-    "usage": (list,),
-    "facts": (list,),
-    "applied": (list,),
-    "revision": (str, NoneType),
-    "device": (str,),
-    "dtype": (str,),
-    "batch_size": (int,),
-    "timings_ms": (dict,),
-}
+
+def _kinds(message: type) -> _Kinds:
+    """The types that each field of a dataclass may be of, once it has travelled."""
+    kinds: dict[str, tuple[type, ...]] = {}
+    for name, hint in get_type_hints(message).items():
+        union = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = [get_origin(one) or one for one in union]
+        kinds[name] = tuple(
+            {kind for one in plain for kind in (_NUMBER if one is float else (one,))}
+        )
+    return kinds
+
+
+_CALL, _ANSWER = _kinds(Call), _kinds(Answer)
 _ERROR: _Kinds = {
     "code": (str,),
     "message": (str,),

@@ -105,21 +105,26 @@ class _Process:
 
     def ask(
         self, request: dict[str, Any], claim: Callable[..., None], caller: Caller
-    ) -> dict[str, Any]:
-        """Its answer to a request.
+    ) -> tuple[dict[str, Any], Exception | None]:
+        """Its answer to a request, and the error where a claim was not granted.
 
-        Raises what ``claim`` and ``caller.check`` do, ``OSError``, ``EOFError``, ``BadMessage``.
+        Raises what ``caller.check`` does, ``OSError``, ``EOFError``, ``BadMessage``.
         """
         self._channel.send(pack({**request, "timeout_s": caller.left_s() + GRACE_S}))
+        denied: Exception | None = None
         while True:
             for message in self._receive(caller):
                 answer = unpack(message)
                 if type(answer) is not dict:
                     raise BadMessage("it is no answer of a decoder")
                 if "claim" not in answer:
-                    return answer
-                claim(*_amounts(answer["claim"]))
-                self._channel.send(pack(True))
+                    return answer, denied
+                amounts = _amounts(answer["claim"])
+                try:
+                    claim(*amounts)
+                except Exception as error:  # the decoder gives its file up, and goes on
+                    denied = error
+                self._channel.send(pack(denied is None))
 
     def _receive(self, caller: Caller) -> list[list[Part]]:
         poll = select.poll()
@@ -203,7 +208,7 @@ class Decoders:
         with self._turn(caller):
             process = self._take()
             try:
-                answer = process.ask(request, claim, caller)
+                answer, denied = process.ask(request, claim, caller)
             except (OSError, EOFError, BadMessage) as error:
                 process.end()
                 logger.warning("a decoder broke over a file: %r", error)
@@ -212,6 +217,8 @@ class Decoders:
                 process.end()
                 raise
             self._give_back(process)
+        if denied is not None:
+            raise denied
         if "refused" in answer:
             raise Refused(str(answer["refused"]), too_large=answer.get("too_large") is True)
         return answer.get("result")
