@@ -169,11 +169,9 @@ class Asked:
 
     def call(self, reading: Reading, *, stream: bool = False) -> Call:
         """What the engine gets, the input's media read; raises ``InvalidRequest``."""
-        loaded = load_inputs(self._config, self._task, self._input, self._options, self._repeat)
-        if type(self._input) is list:
-            inputs = reading.read(loaded, "input")
-        else:
-            inputs = [reading.read(loaded[0], "input")]
+        inputs = load_inputs(
+            self._config, self._task, self._input, self._options, reading, repeat=self._repeat
+        )
         self._seeds = draw_seeds(self._task, self._options, len(inputs) * self._repeat)
         return Call(
             request_id=self._request_id,
@@ -228,9 +226,15 @@ class Asked:
 
 
 def load_inputs(
-    config: Config, task: Task, input_: Any, options: Mapping[str, Any], repeat: int
+    config: Config,
+    task: Task,
+    input_: Any,
+    options: Mapping[str, Any],
+    reading: Reading,
+    *,
+    repeat: int = 1,
 ) -> list[Any]:
-    """The inputs of a call, each item of a list or else the one; their media are not read yet.
+    """The inputs of a call, each item of a list or else the one, their media read.
 
     Raises ``InvalidRequest`` for what is wrong, and for what the call would come to.
     """
@@ -252,7 +256,9 @@ def load_inputs(
     if faults:
         raise InvalidRequest.of(faults)
     check_texts(config.max_text, task, inputs if batched else inputs[0], options, repeat)
-    return inputs
+    if batched:
+        return list(reading.read(inputs, "input"))
+    return [reading.read(inputs[0], "input")]
 
 
 def check_count(

@@ -174,10 +174,11 @@ class Run:
 
     def __call__(self, inputs, cancelled=lambda place: False):
         self.steps = 0
-        with self._crane.media.reading() as reading:
-            loaded = load_inputs(self._crane.config, TASKS[self._case.type], inputs, reading)
         options = self._spec.options_schema.load(self._case.options or {})
         options.pop("seed", None)
+        task = TASKS[self._case.type]
+        with self._crane.media.reading() as reading:
+            loaded = load_inputs(self._crane.config, task, inputs, options, reading)
         batch = Batch(
             inputs=loaded,
             options=options,

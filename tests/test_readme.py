@@ -290,8 +290,8 @@ def test_every_example_request_is_one_that_its_model_takes(request_):
     spec = REGISTRY.get(body["model_id"])
     config = Config()
     with MediaReader(config).reading() as reading:
-        assert load_inputs(config, TASKS[spec.type], body["input"], reading)
-    load_schema(spec.options_schema, body["options"], "options")
+        options = load_schema(spec.options_schema, body["options"], "options")
+        assert load_inputs(config, TASKS[spec.type], body["input"], options, reading)
 
 
 def test_there_is_an_example_for_every_task():
