@@ -124,3 +124,47 @@ def test_nothing_is_lost_and_nothing_comes_twice():
     assert gone > 500
     assert set(queue.clear()) == here
     assert len(queue) == 0
+
+
+@pytest.mark.parametrize(("sizes", "runs"), [("llls", ["a0", "a1", "a2"]), ("slll", ["a0"])])
+def test_who_has_nothing_in_the_group_that_runs_keeps_its_turn(sizes, runs):
+    def group(batch):
+        alike = [sizes[int(item.input[1])] for item in batch]
+        return [item for item, size in zip(batch, alike, strict=True) if size == alike[0]][:3]
+
+    queue = queue_of(job("a", 4), job("c", 1, k=2))
+    assert names(queue.take_equals(9, group)) == runs
+    assert names(queue.take_equals(9, group)) == ["c0"]
+
+
+@pytest.mark.parametrize(
+    ("queued", "new", "out"),
+    [
+        pytest.param({"a": [3, 3]}, ("b", 1), ["a"], id="the last one of who has most"),
+        pytest.param({"a": [6]}, ("b", 5), ["a"], id="less than they have"),
+        pytest.param({"a": [2, 2], "b": [2]}, ("b", 2), [], id="as much as they have"),
+        pytest.param({"a": [6]}, ("a", 1), [], id="not of its own"),
+        pytest.param({"a": [1] * 6}, ("b", 3), ["a"] * 3, id="several"),
+        pytest.param({"a": [1] * 6}, ("b", 4), [], id="not in part"),
+        pytest.param({"a": [2], "b": [2], "c": [2]}, ("d", 1), ["a"], id="of three"),
+    ],
+)
+def test_who_has_less_queued_gets_the_room_of_who_has_most(queued, new, out):
+    jobs = [job(caller, count) for caller, counts in queued.items() for count in counts]
+    queue = queue_of(*jobs)
+    pushed = queue.push_out(job(*new).items, 6)
+    assert [one.call.caller for one in pushed] == out
+    assert pushed == [one for one in reversed(jobs) if one in pushed]
+    assert set(queue) == {item for one in jobs if one not in pushed for item in one.items}
+    assert len(queue) == len(list(queue))
+    if out:
+        assert len(queue) + new[1] <= 6
+
+
+def test_a_job_that_has_begun_is_not_pushed_out():
+    queue = queue_of(job("a", 2), job("a", 3))
+    assert names(queue.take_equals(3)) == ["a0", "a1", "a0"]
+    assert queue.push_out(job("b").items, 2) == []
+    queue.put(job("a", 2).items)
+    assert len(queue.push_out(job("b").items, 4)) == 1
+    assert len(queue) == 2

@@ -276,7 +276,7 @@ def test_inputs_of_unlike_length_do_not_pad_each_other(make_app, gated, gate):
     texts = ["x" * 100, *["a"] * 8, *["y" * 90] * 2]
     answers = queue_up(app, gate, [{"input": text} for text in texts])
     assert [answer.json["output"] for answer in answers] == texts
-    assert gate.batches == [["first"], ["a"] * 8, [*["y" * 90] * 2, "x" * 100]]
+    assert gate.batches == [["first"], [*["y" * 90] * 2, "x" * 100], ["a"] * 8]
 
 
 def test_a_padded_batch_stays_under_its_token_limit(make_app, gated, gate):

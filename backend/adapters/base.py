@@ -133,6 +133,9 @@ class Adapter(ABC):
     """
 
     max_batch_tokens: ClassVar[int] = 32768  # padded; 32 texts of 1,024 tokens
+    # On a CPU, where a run's time is as its tokens: more of them at once only take longer, and keep
+    # other callers waiting. Of BERT's base model, 4,096 tokens take a second or two on two cores.
+    max_cpu_tokens: ClassVar[int | None] = None
     # Whether batches in half precision on a CPU leave a core to each HTTP worker; see Worker.
     spares_cores: ClassVar[bool] = True
 
@@ -172,6 +175,13 @@ class Adapter(ABC):
         device = pick_device(self.device)
         dtype = str(self.wanted_dtype(device)).removeprefix("torch.")
         return device, footprint.estimate(self.weight_files, dtype)
+
+    @property
+    def max_run_tokens(self) -> int:
+        """How many tokens a run may have, padded."""
+        if self.device != "cpu" or self.max_cpu_tokens is None:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, self.max_cpu_tokens)
 
     @cached_property
     def weight_files(self) -> Mapping[Path, int]:

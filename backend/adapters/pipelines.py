@@ -19,6 +19,7 @@ class PipelineAdapter(TransformersAdapter):
     """A task that transformers has a pipeline for: ours are the window and the output's shape."""
 
     pipeline_task: ClassVar[str]
+    max_cpu_tokens = 4096
 
     def load(self) -> None:
         import transformers

@@ -16,6 +16,7 @@ class SentenceTransformersAdapter(Adapter):
     """Loads ``class_name`` from the entry's weights."""
 
     class_name: str
+    max_cpu_tokens = 4096
 
     def load(self) -> None:
         quiet()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 
-from backend.engine.calls import Item
+from backend.engine.calls import Item, Job
 
 
 class BatchQueue:
@@ -66,10 +66,13 @@ class BatchQueue:
             batch.append(self.take())
         return batch
 
-    def take_equals(self, most: int) -> list[Item]:
+    def take_equals(
+        self, most: int, group: Callable[[list[Item]], list[Item]] = lambda batch: batch
+    ) -> list[Item]:
         """Take the head and what may share a batch with it; there must be one.
 
-        What is passed over keeps its place.
+        ``group`` says which of these run at once, the first among them. What is passed over keeps
+        its place, and who has nothing in the group keeps its turn.
         """
         key = self.head.job.key
         may = {
@@ -80,6 +83,7 @@ class BatchQueue:
         while len(batch) < most and (may := {caller: own for caller, own in may.items() if own}):
             for own in list(may.values())[: most - len(batch)]:
                 batch.append(own.popleft())
+        batch = group(batch)
         self._size -= len(batch)
         taken = set(map(id, batch))
         served = dict.fromkeys(item.caller for item in batch)
@@ -88,6 +92,31 @@ class BatchQueue:
             if left:
                 self._of[caller] = left
         return batch
+
+    def push_out(self, new: list[Item], max_size: int) -> list[Job]:
+        """Take out the jobs that give their room to a new one; none where that is not enough.
+
+        They are the last ones of whoever has most queued, and more than the new one's caller will
+        have. A job of which an input has begun stays.
+        """
+        queued = {caller: len(items) for caller, items in self._of.items()}
+        own = queued.pop(new[0].caller, 0) + len(new)
+        jobs = {caller: _whole_jobs(self._of[caller]) for caller in queued}
+        out: list[Job] = []
+        short = len(self) + len(new) - max_size
+        while short > 0:
+            largest = max(queued, key=lambda caller: queued[caller], default=None)
+            if largest is None or queued[largest] <= own:
+                return []
+            if not jobs[largest]:
+                del queued[largest]
+                continue
+            out.append(jobs[largest].pop())
+            queued[largest] -= len(out[-1].items)
+            short -= len(out[-1].items)
+        gone = set(out)
+        self.keep(lambda items: [item for item in items if item.job not in gone])
+        return out
 
     def keep(self, kept: Callable[[Iterable[Item]], list[Item]]) -> None:
         """Keep of each caller's inputs those that ``kept`` returns."""
@@ -99,3 +128,9 @@ class BatchQueue:
         """Take all."""
         items, self._of, self._size = list(self), {}, 0
         return items
+
+
+def _whole_jobs(items: Iterable[Item]) -> list[Job]:
+    """The jobs of which all inputs are there, in their order."""
+    counts = Counter(item.job for item in items)
+    return [job for job, count in counts.items() if count == len(job.items)]

@@ -240,6 +240,14 @@ def waited_for(items: Iterable[Item]) -> list[Item]:
     return kept
 
 
+def group_of(batch: list[Item], max_tokens: int) -> list[Item]:
+    """Those of a batch that run at once with its first: of like size, as ``of_like_size`` has it.
+
+    The others run later, and whoever comes meanwhile has a turn before them.
+    """
+    return next(group for group in of_like_size(batch, max_tokens) if batch[0] in group)
+
+
 def of_like_size(batch: list[Item], max_tokens: int) -> list[list[Item]]:
     """Split a batch by length where padding it whole would cost more than another run.
 

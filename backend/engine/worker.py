@@ -27,7 +27,7 @@ from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memo
 from backend.engine.feed import Feed
 from backend.engine.fetch import Fetch
 from backend.engine.residency import Residency
-from backend.engine.runner import Runner, of_like_size, waited_for
+from backend.engine.runner import Runner, group_of, waited_for
 from backend.engine.stay import Stay
 from backend.engine.watchdog import Watch, stack_of
 from backend.errors import (
@@ -164,21 +164,27 @@ class Worker:
         sizes = [adapter.size(value, job.call.options) for value in job.call.inputs]
         for item in job.items:
             item.size = sizes[item.place]
+        pushed_out: list[Job] = []
         with self._changed:
             self._check_open()
-            most = self._queue_size - len(self._parked) - len(job.items)
-            if len(self._queue) > most:
+            places = self._queue_size - len(self._parked)
+            if len(self._queue) + len(job.items) > places:
                 self._drop_cancelled()
-            if len(self._queue) > most:
+            if len(self._queue) + len(job.items) > places:
                 queued = len(self._queue) + len(self._parked)
                 wait_s = max(1.0, queued * self._runner.seconds_per_item)
-                raise Overloaded(
+                refusal = Overloaded(
                     f"{self.model_id} has {queued} inputs queued, and "
                     f"{self._queue_size} is the most; try again in {wait_s:.0f} s.",
                     retry_after_s=wait_s,
                 )
+                pushed_out = self._queue.push_out(job.items, places)
+                if not pushed_out:
+                    raise refusal
             self._queue.put(job.items)
             self._start()
+        for one in pushed_out:
+            one.fail(refusal)
 
     def leave(self, *, though_used: bool = False) -> bool:
         """Unload to make room: unless it is used, or after its present batch."""
@@ -623,7 +629,9 @@ class Worker:
             if adapter.joins(head.options):
                 batch = self._take_joining(adapter, most) or [self._queue.take()]
             else:
-                batch = self._queue.take_equals(most)
+                batch = self._queue.take_equals(
+                    most, lambda batch: group_of(batch, adapter.max_run_tokens)
+                )
             self._running, self._runner.progress = batch, {}
         return batch
 
@@ -699,14 +707,10 @@ class Worker:
         if adapter.joins(batch[0].options):
             self._roll(adapter, batch, about)
             return
-        groups = of_like_size(batch, adapter.max_batch_tokens)
-        for group in groups:
-            turns.offer()
-            answers = self._runner.run(adapter, waited_for(group), about)
-            if group is groups[-1]:  # whoever is answered finds the model free
-                self._rest(batch)
-            for item, result in answers:
-                item.answer(result, about)
+        answers = self._runner.run(adapter, waited_for(batch), about)
+        self._rest(batch)  # whoever is answered finds the model free
+        for item, result in answers:
+            item.answer(result, about)
 
     def _rest(self, batch: list[Item]) -> None:
         """Be done with a batch, but for its answers."""
