@@ -19,6 +19,8 @@ HEAD = b"POST /crane/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/js
 HALF_HEAD = HEAD[:40]
 HALF_BODY = HEAD + b"Content-Length: 1000\r\n\r\n{"
 LARGE_BODY = HEAD + b"Content-Length: 10000000\r\n\r\n{"
+INVITED = LARGE_BODY.replace(b"Content-Length", b"Expect: 100-continue\r\nContent-Length")[:-1]
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 UNREFUSED_CHUNKS = HEAD.replace(b"/crane/run", b"/nope") + b"Transfer-Encoding: chunked\r\n\r\n1"
 QUICK = {"CRANE_HEAD_TIMEOUT": "400ms", "CRANE_CLIENT_TIMEOUT": "400ms", "CRANE_MIN_RATE": "1MB"}
 
@@ -33,7 +35,7 @@ def connect(server, data=b""):
     """A client with a small window, so that what it does not read stays with the service."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(20)
+    client.settimeout(50)
     client.connect(("127.0.0.1", server.port))
     with suppress(ConnectionError):  # a refused one is not heard to its end
         client.sendall(data)
@@ -109,13 +111,14 @@ def test_no_flood_of_one_address_keeps_livez_or_others_calls(flooded, count, dat
             status, _, body = flooded.request("GET", "/livez", timeout_s=10)
             assert (status, body) == (200, b'{"status":"alive"}')
         # As soon as what was sent whole is answered, though nobody reads that.
-        wait_for(lambda: flooded.run(timeout_s=10)[0] == 200)
+        wait_for(lambda: flooded.run(timeout_s=10)[0] == 200, timeout_s=60)
 
 
 def test_livez_is_answered_where_every_permit_is_taken_by_a_body(gunicorn):
     server = gunicorn(CRANE_THREADS=4)
-    with clients(server, 4, LARGE_BODY):
-        wait_for(lambda: server.run()[0] == 503)
+    with clients(server, 4, INVITED) as held:
+        assert {client.recv(100) for client in held} == {CONTINUE}
+        assert server.run()[0] == 503
         assert server.get("/livez")[0] == 200
     wait_for(lambda: server.run()[0] == 200)  # whose permits are free as they leave
 
@@ -161,7 +164,7 @@ def test_who_takes_too_little_of_a_response_is_let_go(quick, stream, reads):
             client.recv(reads)
             return dropped(quick, "unsent") > before
 
-        wait_for(is_dropped, every_s=0.1)
+        wait_for(is_dropped, timeout_s=50, every_s=0.1)
         left = iter(lambda: client.recv(65536), b"")
         assert sum(map(len, left)) < 10_000_000
 
@@ -172,30 +175,31 @@ def test_a_stream_that_is_not_read_ends_its_work(gunicorn):
     inputs = ["x" * 900_000] * 8
     body = json.dumps({"model_id": "echo", "input": inputs, "stream": True}).encode()
     with connect(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body):
-        wait_for(lambda: server.log_lines(message="request", error="CLIENT_CLOSED_REQUEST"))
+        wait_for(lambda: server.log_lines(message="request", error="CLIENT_CLOSED_REQUEST"), 50)
         assert server.run()[0] == 200  # with the one permit there is
 
 
 def test_a_slow_but_steady_reader_gets_all(gunicorn):
-    server = gunicorn(CRANE_CLIENT_TIMEOUT="1500ms", CRANE_MIN_RATE="1KB")
-    with connect(server, echo(2_000_000)) as client:
-        answer = b""
+    """Though the kernel has megabytes for it, and so for seconds no room for more."""
+    server = gunicorn(CRANE_CLIENT_TIMEOUT="1s", CRANE_MIN_RATE="1KB")
+    with connect(server, echo(6_000_000)) as client:
+        answer = bytearray()
         while b'"metadata"' not in answer[-2000:] or not answer.endswith(b"}"):
-            answer += (chunk := client.recv(65536))
+            chunk = client.recv(65536)
             assert chunk
-            threading.Event().wait(0.003)  # longer than the pause, all in all
-        assert len(answer) > 2_000_000
-        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            answer += chunk
+            if len(answer) < 2_500_000:
+                threading.Event().wait(0.003)
+        assert len(answer) > 6_000_000
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n")
         assert status_of(client) == 200  # on the same connection
 
 
 def test_unread_responses_take_so_much_memory_and_no_more(gunicorn):
     server = gunicorn(CRANE_MAX_UNSENT="10MB")
-    with clients(server, 5, echo(6_000_000)) as held:
-        wait_for(lambda: dropped(server, "crowded") >= 3)
+    with clients(server, 5, echo(6_000_000)):
+        wait_for(lambda: dropped(server, "crowded") == 4, timeout_s=60)
         assert server.run()[0] == 200
-        whole = [sum(map(len, iter(lambda c=c: c.recv(2**20), b""))) for c in held[:1]]
-        assert max(whole) < 6_000_000  # the first to come is the first to go
 
 
 def test_an_address_has_so_many_connections_and_its_oldest_idle_one_makes_room(gunicorn):
@@ -253,8 +257,8 @@ def test_a_body_is_invited_only_once_it_will_be_read(quick, path, invited):
 
 def test_a_call_has_its_permit_before_its_body_is_read(gunicorn):
     server = gunicorn(CRANE_THREADS=1)
-    with connect(server, LARGE_BODY) as first:
-        wait_for(lambda: server.run()[0] == 503)
+    with connect(server, INVITED) as first:
+        assert first.recv(100) == CONTINUE
         with connect(server, LARGE_BODY) as second:
             assert b" 503 " in second.recv(65536)
         first.shutdown(socket.SHUT_WR)
@@ -262,10 +266,11 @@ def test_a_call_has_its_permit_before_its_body_is_read(gunicorn):
     assert server.run()[0] == 200
 
 
-def test_what_a_refused_client_still_sends_is_read_so_far_that_it_gets_its_answer(gunicorn):
-    server = gunicorn(CRANE_MAX_BODY="1KB")
-    with connect(server, HEAD + b"Content-Length: 500000\r\n\r\n" + b"x" * 500_000) as client:
-        assert status_of(client) == 413
+def test_what_a_refused_client_still_sends_is_taken_so_that_it_can_read_why(quick):
+    with connect(quick, HEAD + b"Content-Length: 90000000\r\n\r\n") as client:
+        assert b" 413 " in client.recv(65536)
+        for _ in range(5):
+            client.sendall(b"x" * 100_000)  # raises where the connection was reset
 
 
 def test_livez_is_answered_where_every_thread_waits(gunicorn):
