@@ -40,7 +40,7 @@ def prepare(folder: Path) -> None:
             _check_use(path)
             make_private(path)
         if len(ours) == sum(1 for _ in folder.iterdir()) and folder.stat().st_uid == os.geteuid():
-            make_private(folder)
+            make_private(folder.resolve())
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(_PROBE)
             file.flush()

@@ -67,7 +67,9 @@ def test_what_others_could_read_since_an_older_start_they_cannot_any_more(tmp_pa
         (folder / "run").mkdir()
         for path in (folder, *folder.iterdir()):
             path.chmod(0o755)
-        prepare(folder)
+        link = tmp_path / "link"
+        link.symlink_to(folder)
+        prepare(link)
         assert others_may(folder) == []
 
 
