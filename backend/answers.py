@@ -12,7 +12,7 @@ from backend.engine.calls import Event
 from backend.errors import ClientClosedRequest, CraneError, error_body
 from backend.http import add_headers, crane, internal_error, to_json
 from backend.models import run_model, stream_model
-from backend.quota_api import release_permit, settle_stream
+from backend.quota_api import release_permit
 from backend.sse import EVENT_STREAM, IDLE, event
 from backend.visibility import visible_error, visible_weights
 
@@ -37,14 +37,14 @@ def _asked(known: Any) -> dict[str, Any]:
         "caller": known.caller.subject,
         "admin": known.caller.admin,
         "repeat": body.get("repeat", 1),
+        "charge": known.charge,
         "caller_socket": request.environ.get("gunicorn.socket"),  # other servers keep it
     }
 
 
 def _note(known: Any, metadata: dict[str, Any]) -> None:
-    """Keep what is settled and logged of a call."""
+    """Keep what is logged of a call."""
     _hide(known, metadata)
-    known.usage = metadata["usage"]
     known.log |= {name: metadata[name] for name in ("timings_ms", "batch_size")}
 
 
@@ -104,7 +104,6 @@ def streamed(
         events.close()
         if failed is not None:
             known.log["error"] = failed.code
-        settle_stream(parts.meter, known, 200 if failed is None else failed.status)
         release_permit(parts, known)
 
     first = next(events)

@@ -19,11 +19,13 @@ class CraneError(Exception):
 
     The message is for the caller: what happened, what was expected, what to do. ``details`` is
     JSON that names each fault; ``retry_after_s`` becomes the ``Retry-After`` header, and
-    ``headers`` are sent besides.
+    ``headers`` are sent besides. ``usage`` is of those inputs of a call that were run though it
+    failed; None where nothing of it had begun to run.
     """
 
     status: ClassVar[int]
     code: ClassVar[str]
+    usage: Mapping[str, float] | None = None
 
     def __init__(
         self,

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
-import sqlite3
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from backend import metrics
@@ -20,159 +15,131 @@ from backend.errors import (
     RateLimitExceeded,
 )
 from backend.quota.decisions import Call, Decision, Store
-from backend.quota.failover import FailoverStore, QuotaAway
+from backend.quota.failover import Failover, QuotaAway, WatchedStore
+from backend.quota.memory import MemoryStore
 from backend.quota.redis import RedisStore
 from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import UNIT, Limit, Tier
 
-logger = logging.getLogger("crane.quota")
-
-# Past a call's deadline: what it takes to be queued, answered and settled. A worker that is killed
-# holds its leases until then.
+# Past a call's deadline: what it takes to read its body, and to be queued, answered and settled. A
+# worker that is killed holds its leases until then.
 LEASE_MARGIN_S = 15.0
-# Leases that need not end before their answers wait so long to end together with others, or with
-# what their caller spends next.
-END_WITHIN_S = 0.01
-# Only those, that is, whose callers have places enough left for what they may begin meanwhile.
-FAR = 32
-# So a lease may end a little after its answer, and whoever got that may call again at once.
-LOOK_AGAIN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A call that was let in, and how its caller stands."""
+    """A call that was let in, how its caller stands, and the store that holds it."""
 
     call: Call
     standing: Decision
-
-    @property
-    def has_room(self) -> bool:
-        """Whether its caller was far from as many calls at once as it may have."""
-        return self.standing.running + FAR <= self.call.tier.concurrency
+    holder: WatchedStore
 
 
 class Meter:
-    """Decides on Redis where there is one, else on a file of this host; see ``FailoverStore``."""
+    """Decides on Redis where there is one, else on a file of this host; see ``Failover``.
+
+    Where that does not work, ``CRANE_QUOTA_ON_OUTAGE`` says what happens: with ``local`` the file
+    decides in place of Redis, and in place of the file this process's memory.
+    """
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self._on_outage = config.quota_on_outage
         self._lease_ms = int((config.request_timeout_s + LEASE_MARGIN_S) * 1000)
-        self._broken = False  # the host's own file
-        self._ended: dict[str, tuple[Tier, list[str]]] = {}  # leases, by their caller
-        self._lock = threading.Lock()  # of the line above
-        self._some_ended = threading.Event()
-        self._ender: threading.Thread | None = None
-        self._closed = False
-        self._store: SqliteStore | FailoverStore = SqliteStore(config.data_dir / "quota.db")
+        sqlite = SqliteStore(config.data_dir / "quota.db")
+        stores: list[Store] = [sqlite]
         if config.redis_url is not None:
-            self._store = FailoverStore(
-                RedisStore(config.redis_url),
-                self._store,
-                local=config.quota_on_outage == "local",
-                on_change=metrics.QUOTA_STORE_AWAY.set,
-            )
+            stores = [RedisStore(config.redis_url), sqlite]
+        self._first = stores[0].name
+        stores = [*stores, MemoryStore(config.workers)] if self._is_local else stores[:1]
+        self._stores = Failover(stores, metrics.QUOTA_STORE_AWAY.set)
+
+    @property
+    def _is_local(self) -> bool:
+        return self._on_outage == "local"
 
     def let_in(self, subject: str, tier: Tier, cost: int) -> Lease | None:
         """Spend ``cost`` thousandths and take a place among the caller's calls.
 
         None where quotas are not known and calls go on without. Raises ``RateLimitExceeded``,
-        ``ConcurrencyLimitExceeded``, ``Forbidden`` for what the tier can never afford, and
-        ``QuotaUnavailable``; whatever it raises, nothing was taken.
+        ``ConcurrencyLimitExceeded`` and ``QuotaUnavailable``, and has taken nothing then.
         """
+        call = Call(subject, tier, secrets.token_hex(8), cost, self._lease_ms)
+        try:
+            standing, holder = self._stores.spend(call)
+        except QuotaAway:
+            self._check_may_go_without()
+            return None
+        self._count(standing, tier)
+        if standing.refused_by is not None:
+            raise refusal(tier, standing)
+        return Lease(call, standing, holder)
+
+    def reserve(self, lease: Lease, cost: int) -> Lease | None:
+        """Have a call that was let in hold ``cost``, the most that it may come to.
+
+        None where quotas are not known any more. Raises ``Forbidden`` for what the tier can never
+        afford, ``RateLimitExceeded`` and ``QuotaUnavailable``; the call then holds what it held.
+        """
+        tier = lease.call.tier
         for limit in tier.limits:
             if cost > limit.units * UNIT:
                 raise Forbidden(
                     f"This call costs up to {units(cost)} units, and the tier {tier.name!r} has "
                     f"{limit.units} per {limit.per}: ask for less at once."
                 )
-        ended = self._take_ended(subject)
-        call = Call(subject, tier, secrets.token_hex(8), cost, self._lease_ms, ended)
-        standing = self._decide(lambda store: store.spend(call))
-        if standing is not None and standing.refused_by == "concurrency":
-            time.sleep(LOOK_AGAIN_S)
-            standing = self._decide(lambda store: store.spend(call))
-        if standing is None and self._config.quota_on_outage == "deny":
+        raised = lease.call.raised(cost)
+        try:
+            standing, holder = self._stores.reserve(lease.call, raised, lease.holder)
+        except QuotaAway:
+            self._check_may_go_without()
+            return None
+        self._count(standing, tier)
+        if standing.refused_by is not None:
+            raise too_much(lease.call, standing, cost)
+        return Lease(raised, standing, holder)
+
+    def settle(self, lease: Lease, cost: int) -> Decision | None:
+        """End a lease; the call costs ``cost``, whatever was spent for it before.
+
+        None where its store is away, which will know of it when it is back.
+        """
+        try:
+            return lease.holder.settle(lease.call, cost)
+        except QuotaAway:
+            return None
+
+    def look(self, subject: str, tier: Tier) -> Decision | None:
+        """How a caller stands; None where that is not known."""
+        try:
+            return self._stores.look(subject, tier)
+        except QuotaAway:
+            return None
+
+    def status(self) -> dict[str, object]:
+        """For /readyz: the store that should decide, whether it is away, and who does decide."""
+        decided_by = self._stores.deciding or self._on_outage
+        return {"store": self._first, "away": self._stores.away, "decided_by": decided_by}
+
+    @property
+    def refuses_all(self) -> bool:
+        return self._on_outage == "deny" and self._stores.away
+
+    def close(self) -> None:
+        self._stores.close()
+
+    def _check_may_go_without(self) -> None:
+        """Raise ``QuotaUnavailable`` where nobody may be let in while quotas are not known."""
+        metrics.QUOTA_LOCAL.labels(self._on_outage).inc()
+        if self._on_outage == "deny":
             raise QuotaUnavailable(
                 "Quotas are not known now, so no call is let in; try again in 1 s.", retry_after_s=1
             )
-        if standing is None:
-            return None
+
+    def _count(self, standing: Decision, tier: Tier) -> None:
+        if self._stores.away:
+            metrics.QUOTA_LOCAL.labels(self._on_outage).inc()
         if standing.refused_by is not None:
             metrics.QUOTA_REFUSALS.labels(tier.name, standing.refused_by).inc()
-            raise refusal(tier, standing)
-        return Lease(call, standing)
-
-    def settle(self, lease: Lease, cost: int) -> Decision | None:
-        """End a lease; the call costs ``cost``, whatever was spent for it before."""
-        return self._decide(lambda store: store.settle(lease.call, lease.standing.at, cost))
-
-    def end(self, lease: Lease) -> None:
-        """End the lease of a call that cost what was spent for it, within ``END_WITHIN_S``."""
-        call = lease.call
-        with self._lock:
-            first = not self._ended
-            self._ended.setdefault(call.subject, (call.tier, []))[1].append(call.lease)
-            if self._ender is None:
-                self._ender = threading.Thread(target=self._end_leases, name="leases", daemon=True)
-                self._ender.start()
-        if first:
-            self._some_ended.set()
-
-    def look(self, subject: str, tier: Tier) -> Decision | None:
-        if ended := self._take_ended(subject):
-            self._settle_ended(subject, tier, ended)
-        return self._decide(lambda store: store.look(subject, tier))
-
-    def status(self) -> dict[str, object]:
-        """For /readyz: who decides, and whether it is who should."""
-        if isinstance(self._store, SqliteStore):
-            return {"store": "sqlite"}
-        return {"store": "redis", "away": self._store.away}
-
-    def close(self) -> None:
-        self._closed = True
-        self._some_ended.set()
-        if self._ender is not None:
-            self._ender.join()
-        self._store.close()
-
-    def _end_leases(self) -> None:
-        closed = False
-        while not closed:
-            self._some_ended.wait()
-            time.sleep(END_WITHIN_S)
-            self._some_ended.clear()
-            closed = self._closed
-            with self._lock:
-                ended, self._ended = self._ended, {}
-            for subject, (tier, leases) in ended.items():
-                self._settle_ended(subject, tier, tuple(leases))
-
-    def _take_ended(self, subject: str) -> tuple[str, ...]:
-        with self._lock:
-            _, leases = self._ended.pop(subject, (None, ()))
-        return tuple(leases)
-
-    def _settle_ended(self, subject: str, tier: Tier, leases: tuple[str, ...]) -> None:
-        nothing = Call(subject, tier, "", 0, 0, leases)
-        self._decide(lambda store: store.settle(nothing, 0, 0))
-
-    def _decide(self, step: Callable[[Store], Decision]) -> Decision | None:
-        """None where quotas are not known: nothing but letting calls in waits for them."""
-        if isinstance(self._store, FailoverStore) and self._store.away:
-            metrics.QUOTA_LOCAL.labels(self._config.quota_on_outage).inc()
-        try:
-            decided = step(self._store)
-        except QuotaAway:  # which was logged
-            return None
-        except sqlite3.Error:
-            if not self._broken:  # said once, not at every call
-                logger.exception("quotas cannot be kept in %s", self._config.data_dir)
-            self._broken = True
-            return None
-        self._broken = False
-        return decided
 
 
 def refusal(tier: Tier, standing: Decision) -> RateLimitExceeded | ConcurrencyLimitExceeded:
@@ -194,6 +161,23 @@ def refusal(tier: Tier, standing: Decision) -> RateLimitExceeded | ConcurrencyLi
         details={"limit": limit.name, "tier": tier.name},
         retry_after_s=wait_s,
         headers=headers,
+    )
+
+
+def too_much(call: Call, standing: Decision, cost: int) -> RateLimitExceeded:
+    """A refusal of a call that was let in, and would cost more than is left."""
+    wait_s = math.ceil(standing.retry_after_ms / 1000)
+    limit, left = next(
+        (limit, left)
+        for limit, left in zip(call.tier.limits, standing.left, strict=True)
+        if limit.name == standing.refused_by
+    )
+    return RateLimitExceeded(
+        f"This call costs up to {units(cost)} units, and {units(left + call.cost)} are left of the "
+        f"{limit.name} of the tier {call.tier.name!r}, {limit.units} per {limit.per}: ask for less "
+        f"at once, or try again in {wait_s} s.",
+        details={"limit": limit.name, "tier": call.tier.name, "cost": units(cost)},
+        retry_after_s=wait_s,
     )
 
 

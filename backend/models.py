@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from socket import socket
 from threading import BoundedSemaphore
@@ -14,10 +14,11 @@ from typing import Any
 
 from backend.bounds import MAX_TEXTS, TOO_DEEP, is_deep, long_texts
 from backend.callers import Callers
+from backend.charges import Charge
 from backend.config import Config
 from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import EngineClient
-from backend.errors import MAX_FAULTS, InvalidRequest, NotAcceptable, Overloaded
+from backend.errors import MAX_FAULTS, CraneError, InvalidRequest, NotAcceptable, Overloaded
 from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
@@ -25,6 +26,7 @@ from backend.registry import Registry
 from backend.schemas import UNCHECKED, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
+from backend.tasks.usage import measured, most_usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ def run_model(
     caller: str = "",
     admin: bool = False,
     repeat: int = 1,
+    charge: Charge | None = None,
     one_output: bool = False,
     caller_socket: socket | None = None,
 ) -> tuple[Any, dict[str, Any]]:
@@ -75,13 +78,16 @@ def run_model(
 
     Raises a ``CraneError`` that says what was wrong: ``NotAcceptable`` where ``one_output`` is all
     that can be delivered and there would be several; ``ClientClosedRequest`` where there is a
-    ``caller_socket``, and its other end is closed while the model runs.
+    ``caller_socket``, and its other end is closed while the model runs. ``charge`` is told what
+    the call may use, and what it used.
     """
-    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin)
+    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin, charge)
     if one_output:
         asked.check_one_output()
     with crane.media.reading(caller, caller_socket) as reading:
-        answer = crane.engine.run(asked.call(reading), caller_socket)
+        call = asked.call(reading)
+        with asked.charged():
+            answer = crane.engine.run(call, caller_socket)
     return asked.finish(answer)
 
 
@@ -95,6 +101,7 @@ def stream_model(
     caller: str = "",
     admin: bool = False,
     repeat: int = 1,
+    charge: Charge | None = None,
     caller_socket: socket | None = None,
 ) -> Generator[Event | None]:
     """Run a model as ``run_model`` does, and tell of it: its events, its ``output``, ``done``.
@@ -102,10 +109,11 @@ def stream_model(
     None says that there was nothing to tell for ``IDLE_S``. Whoever stops listening, by closing
     the generator, stops the work. Raises what ``run_model`` raises, wherever it happens.
     """
-    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin)
+    asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin, charge)
     with (
         crane.media.reading(caller, caller_socket) as reading,
         closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
+        asked.charged(),
     ):
         for told in stream:
             if isinstance(told, Answer):
@@ -133,6 +141,7 @@ class Asked:
         caller: str,
         repeat: int,
         admin: bool,
+        charge: Charge | None,
     ) -> None:
         self._started = time.perf_counter()
         self._config = crane.config
@@ -146,7 +155,9 @@ class Asked:
         self._batched = type(input_) is list or repeat > 1
         self._request_id = request_id
         self._caller = caller
+        self._charge = charge
         self._seeds: list[int] | None = None
+        self._measured: dict[str, float] = {}  # what the inputs have of media
 
     def _allowed_stay(self, wanted_s: float | None, admin: bool) -> float | None:
         """How long a model stays for a caller: to keep it longer is its operator's to allow.
@@ -168,10 +179,14 @@ class Asked:
             )
 
     def call(self, reading: Reading, *, stream: bool = False) -> Call:
-        """What the engine gets, the input's media read; raises ``InvalidRequest``."""
+        """What the engine gets, the input's media read, and its cost reserved.
+
+        Raises ``InvalidRequest``, and what ``Charge.reserve`` does.
+        """
         inputs = load_inputs(
             self._config, self._task, self._input, self._options, reading, repeat=self._repeat
         )
+        self._reserve(inputs)
         self._seeds = draw_seeds(self._task, self._options, len(inputs) * self._repeat)
         return Call(
             request_id=self._request_id,
@@ -187,6 +202,23 @@ class Asked:
             repeat=self._repeat,
         )
 
+    def _reserve(self, inputs: list[Any]) -> None:
+        if self._charge is not None:
+            most = most_usage(self._task, inputs, self._options, self._repeat)
+            self._charge.reserve(self._spec.cost, *most)
+        if not self._task.formats:  # of what makes media, those it made count
+            self._measured = rounded(measured(inputs), 3)
+
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """Tell the charge of an error that the engine answers with."""
+        try:
+            yield
+        except CraneError as error:
+            if self._charge is not None:
+                self._charge.failed(error)
+            raise
+
     def shown(self, event: Event) -> Event:
         """An event of the engine as callers see it."""
         if event.kind == "start":
@@ -200,9 +232,12 @@ class Asked:
 
     def finish(self, answer: Answer) -> tuple[Any, dict[str, Any]]:
         """The output and the receipt."""
+        told = facts(answer, batched=self._batched)
+        told["usage"] = self._measured | told["usage"]
+        if self._charge is not None:
+            self._charge.ran(told["usage"])
         self._options |= common(answer.applied)
-        metadata = self._about(answer.revision, answer.device, answer.dtype)
-        metadata |= facts(answer, batched=self._batched)
+        metadata = self._about(answer.revision, answer.device, answer.dtype) | told
         total_ms = (time.perf_counter() - self._started) * 1e3
         metadata["timings_ms"] = rounded({**answer.timings_ms, "total": total_ms})
         metadata["batch_size"] = answer.batch_size
@@ -332,5 +367,5 @@ def facts(answer: Answer, *, batched: bool) -> dict[str, Any]:
     return told
 
 
-def rounded(timings_ms: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(ms, 2) for name, ms in timings_ms.items()}
+def rounded(values: Mapping[str, float], digits: int = 2) -> dict[str, float]:
+    return {name: round(value, digits) for name, value in values.items()}

@@ -58,6 +58,8 @@ def readyz() -> tuple[dict[str, Any], int]:
         }
     if crane().config.quota == "on":
         condition["quota"] = crane().meter.status()
+    if crane().meter.refuses_all:
+        reasons.append("Quotas are not known now, and CRANE_QUOTA_ON_OUTAGE is deny.")
     reasons = list(dict.fromkeys(reasons))  # without names some are the same
     ready = "not ready" if reasons else "ready"
     return {"status": ready, "reasons": reasons, **condition}, 503 if reasons else 200

@@ -8,11 +8,11 @@ from typing import Any
 
 from flask import Blueprint, Flask, Request, Response, g, request
 
-from backend.errors import ClientClosedRequest
+from backend.charges import Charge
 from backend.http import add_headers, crane
-from backend.meter import Lease, Meter, quota_headers, units
+from backend.meter import units
 from backend.models import Crane
-from backend.quota.decisions import Decision
+from backend.quota.tiers import UNIT
 from backend.registry import ModelSpec
 from backend.visibility import find_model
 
@@ -35,10 +35,11 @@ def install(app: Flask, readers: Mapping[str, Reader]) -> None:
 
 
 def hold(readers: Mapping[str, Reader]) -> None:
-    """Find the caller, and spend of its quota what the call may cost; a refusal costs nothing.
+    """Find the caller, and spend a unit of its quota before a byte of the body is read.
 
-    The cost is the model's, so the body is read before: what is malformed, or asks for a model that
-    is not there or not allowed, is told so and never metered.
+    So what is malformed, too large or refused costs a unit, and bodies are read by no more threads
+    than the caller may have calls at once. What a call may cost beside that is reserved once its
+    inputs are known: see ``Charge``.
     """
     # Each use of Flask's `request` and `g` finds their context anew: one does.
     asking: Request = request._get_current_object()  # type: ignore[attr-defined]
@@ -52,21 +53,19 @@ def hold(readers: Mapping[str, Reader]) -> None:
         known.log["key_id"] = caller.key_id
     if endpoint not in readers:
         return
+    parts.take_permit()
+    known.has_permit = True
+    known.charge = None
+    if parts.config.quota == "on":
+        lease = parts.meter.let_in(caller.subject, caller.tier, UNIT)
+        known.charge = Charge(parts.meter, lease)
 
     def find(model_id: str) -> ModelSpec:
         known.log["model_id"] = model_id[:100]
         spec = known.spec = find_model(caller, parts.registry, model_id)
         return spec
 
-    parts.take_permit()
-    known.has_permit = True
-    body = known.body = readers[endpoint](find)
-    spec = known.spec
-    if parts.config.quota == "on":
-        count = len(body["input"]) if type(body["input"]) is list else 1
-        count *= body.get("repeat", 1)
-        cost = spec.cost.reserve(asked(spec, body["options"]), count)
-        known.lease = parts.meter.let_in(caller.subject, caller.tier, cost)
+    known.body = readers[endpoint](find)
 
 
 def end(error: BaseException | None) -> None:
@@ -81,61 +80,18 @@ def release_permit(parts: Crane, known: Any) -> None:
         parts.release_permit()
 
 
-def asked(spec: ModelSpec, options: Any) -> dict[str, Any]:
-    """The options that tell what a call may cost, as sent or else as the model has them.
-
-    They are not checked yet. Where one is wrong the call will be refused, and cost nothing.
-    """
-    sent = options if type(options) is dict else {}
-    found = {}
-    for name in ("num_images", "max_tokens", "duration"):
-        field = spec.options_schema.fields.get(name)
-        if field is not None:
-            value = sent.get(name, field.load_default)
-            found[name] = value if type(value) in (int, float) and 0 <= value <= 1e9 else None
-    return found
-
-
 def settle(response: Response) -> Response:
-    """Have an answer cost what it does, and say what is left."""
+    """Have a call cost what it does, and say what is left: now, or when its stream has ended."""
     known: Any = g._get_current_object()
-    lease: Lease | None = known.get("lease")
-    if lease is None:
+    charge: Charge | None = known.get("charge")
+    if charge is None:
         return response
-    standing: Decision | None = lease.standing
     if known.get("streams"):
-        add_headers(quota_headers(lease.call.tier, lease.standing))
-        return response  # ``settle_stream`` will, at its end
-    known.lease = None
-    cost = _cost(known, lease, response.status_code)
-    meter = crane().meter
-    if cost == lease.call.cost and lease.has_room:
-        # The answer need not wait for it: the caller cannot miss that place until its next call.
-        response.call_on_close(lambda: meter.end(lease))
+        response.call_on_close(charge.settle)
     else:
-        standing = meter.settle(lease, cost)
-    if standing is not None:
-        add_headers(quota_headers(lease.call.tier, standing))
+        charge.settle()
+    add_headers(charge.headers())
     return response
-
-
-def settle_stream(meter: Meter, known: Any, status: int) -> None:
-    """Have an answer that was streamed cost what it does; at its end it would have ``status``."""
-    lease: Lease | None = known.get("lease")
-    if lease is not None:
-        meter.settle(lease, _cost(known, lease, status))
-
-
-def _cost(known: Any, lease: Lease, status: int) -> int:
-    """An answer costs what it used, and a call that failed nothing.
-
-    A call whose caller has left costs what was held for it, whether or not a model had begun: that
-    only the engine knows, and to leave must not be a way to use it for nothing.
-    """
-    if status == ClientClosedRequest.status:
-        return lease.call.cost
-    cost: int = known.spec.cost.settle(known.usage) if status < 400 else 0
-    return cost
 
 
 @bp.get("/quota")

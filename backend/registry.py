@@ -71,13 +71,15 @@ class Costs(StrictSchema):
     """What a call costs, in units of its caller's quota."""
 
     per_request = Number(low=0, high=MAX_COST)
+    per_input = Number(low=0, high=MAX_COST)
     per_image = Number(low=0, high=MAX_COST)
     per_1k_tokens = Number(low=0, high=MAX_COST)
     per_audio_minute = Number(low=0, high=MAX_COST)
+    per_video_second = Number(low=0, high=MAX_COST)
 
 
 class CostField(StrictField):
-    """A number, for each request, or an object that says for what."""
+    """A number, for each input, or an object that says for what."""
 
     type_name = "number or object"
     expected = "a number or a mapping"
@@ -88,7 +90,7 @@ class CostField(StrictField):
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Cost:
         value = super()._deserialize(value, attr, data, **kwargs)
         if type(value) is not dict:
-            value = {"per_request": value}
+            value = {"per_input": value}
         return Cost(**Costs().load(value))
 
 
@@ -147,7 +149,7 @@ class Entry(StrictSchema):
     pinned = Boolean(load_default=False)
     share_prefixes = Boolean(load_default=False)
     idle_timeout = KeepAlive(load_default=None, allow_none=False)
-    cost = CostField(load_default=Cost(per_request=1))
+    cost = CostField(load_default=Cost(per_input=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +174,7 @@ class ModelSpec:
     pinned: bool = False
     share_prefixes: bool = False
     idle_timeout: float | None = None  # seconds
-    cost: Cost = Cost(per_request=1)
+    cost: Cost = Cost(per_input=1)
     folder: Path = Path()
     options_schema: Options = field(repr=False, compare=False)
 

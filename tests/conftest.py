@@ -18,7 +18,7 @@ from backend.adapters import ADAPTERS
 from backend.adapters.base import Adapter
 from backend.config import Config
 from backend.keys import Keys
-from backend.tasks import TASKS, Options
+from backend.tasks import TASKS
 from tests.databases import Postgres
 from tests.serving import Gunicorn
 
@@ -99,8 +99,8 @@ def make_app(tmp_path):
 def add_task(monkeypatch):
     """Put a task and its adapter into the tables, as a developer would: a line in each."""
 
-    def add(name: str, adapter: type[Adapter], options: type[Options] = TASKS["echo"].options):
-        task = replace(TASKS["echo"], name=name, options=options, example=("hi", {}))
+    def add(name: str, adapter: type[Adapter], options=TASKS["echo"].options, **more):
+        task = replace(TASKS["echo"], name=name, options=options, example=("hi", {}), **more)
         monkeypatch.setitem(TASKS, name, task)
         monkeypatch.setitem(ADAPTERS, name, adapter)
         return {"id": name, "type": name}

@@ -353,6 +353,17 @@ def assert_near(output, expected):
 # Parity.
 
 
+# What a receipt counts of the media that are sent.
+USED = {
+    "audio-classification": ["audio_seconds"],
+    "zero-shot-audio-classification": ["audio_seconds"],
+    "video-classification": ["video_seconds"],
+    "feature-extraction": [],
+    "table-question-answering": [],
+    "decision": [],
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_an_answer_is_what_the_librarys_own_pipeline_gives(make_app, generic, direct, case, device):
@@ -364,7 +375,10 @@ def test_an_answer_is_what_the_librarys_own_pipeline_gives(make_app, generic, di
         assert len(expected) > 0
         assert_near(answer.json["output"], expected)
         assert answer.json["metadata"]["device"].startswith(device)
-        assert answer.json["metadata"]["usage"] == {"inputs": 1}
+        usage = answer.json["metadata"]["usage"]
+        assert usage.pop("inputs") == 1
+        assert list(usage) == USED.get(case.task, ["images"])
+        assert all(used > 0 for used in usage.values())
         assert "seed" not in answer.json["metadata"]
 
 

@@ -106,7 +106,7 @@ def since(before, now):
     return tuple(new - old for old, new in zip(before, now, strict=True))
 
 
-def test_who_leaves_frees_the_model_and_the_place_and_pays_what_was_held(server):
+def test_who_leaves_frees_the_model_and_the_place_and_pays_what_was_reserved(server):
     before, left = stopped(server, "t5"), quota(server)[1]
     caller = call(server, "t5", PROMPT, **ENDLESS)
     wait_for(lambda: running(server, "t5"))
@@ -139,7 +139,9 @@ def test_100_callers_who_leave_amid_generation_leave_the_model_idle(server):
         caller.leave()
     wait_for(lambda: not running(server, "t5") and not queued(server, "t5"))
     wait_for(lambda: sum(since(before, stopped(server, "t5"))) == 100)
-    wait_for(lambda: quota(server) == (0, left - 100 * PRICE), AT_ONCE_S)
+    wait_for(lambda: quota(server)[0] == 0, AT_ONCE_S)
+    # Those that never ran have paid a unit; who left last may have begun for a moment.
+    assert left - 100 * PRICE <= quota(server)[1] <= left - 32 * PRICE - 68
     assert server.run("t5", PROMPT, options={"max_tokens": 3}, timeout_s=10)[0] == 200
 
 

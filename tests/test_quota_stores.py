@@ -1,17 +1,20 @@
-"""Quotas, by one suite on a real Valkey and on SQLite."""
+"""Quotas, by one suite on a real Valkey, on SQLite and in memory."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import sqlite3
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 
 from backend.quota.decisions import PARTS, Call
+from backend.quota.memory import MemoryStore
 from backend.quota.redis import RedisStore
 from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import UNIT, tiers
@@ -42,7 +45,7 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["redis", "sqlite"])
+@pytest.fixture(params=["redis", "sqlite", "memory"])
 def make_store(request, tmp_path):
     """Open the store once more, as another process would: with the test's clock, or its own."""
     if request.param == "redis":
@@ -53,6 +56,8 @@ def make_store(request, tmp_path):
     def make(now=None):
         if request.param == "redis":
             store = RedisStore(valkey.url, now=now)
+        elif request.param == "memory":
+            store = MemoryStore(now=now or time.time)
         else:
             store = SqliteStore(tmp_path / "quota.db", now=now or time.time)
         opened.append(store)
@@ -68,13 +73,14 @@ def store(make_store, clock):
     return make_store(clock)
 
 
-def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000, ended=()):
-    return Call(subject, tier, lease, cost, lease_ms, ended)
+def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000):
+    return Call(subject, tier, lease, cost, lease_ms)
 
 
 def admitted(store, count, **how):
     """How many of ``count`` calls, one after another, are let in."""
-    decisions = [store.spend(call(f"lease-{number}", **how)) for number in range(count)]
+    leases = [f"lease-{os.getpid()}-{number}" for number in range(count)]
+    decisions = [store.spend(call(lease, **how)) for lease in leases]
     return sum(decision.refused_by is None for decision in decisions)
 
 
@@ -133,7 +139,7 @@ def test_as_many_run_at_once_as_the_tier_says(store):
     assert admitted(store, 5, tier=FREE) == 3
     refused = store.spend(call("one more", tier=FREE))
     assert (refused.refused_by, refused.running, refused.left) == ("concurrency", 3, (2000,))
-    store.settle(call("lease-1", tier=FREE), refused.at, UNIT)
+    store.settle(call(f"lease-{os.getpid()}-1", tier=FREE), UNIT)
     assert store.spend(call("one more", tier=FREE)).refused_by is None
 
 
@@ -147,54 +153,101 @@ def test_a_lease_ends_by_itself(store, clock):
 
 @pytest.mark.parametrize(("settled", "left"), [(0, 5000), (1000, 4000), (3000, 2000), (4500, 500)])
 def test_a_call_costs_what_it_came_to(store, settled, left):
-    spent = store.spend(call(cost=3000))
-    standing = store.settle(call(cost=3000), spent.at, settled)
+    store.spend(call(cost=3000))
+    standing = store.settle(call(cost=3000), settled)
     assert (standing.left, standing.running) == ((left,), 0)
     if settled == 0:
         assert standing.reset_ms == (0,)
 
 
 def test_a_lease_is_settled_once(store):
-    spent = store.spend(call(cost=3000))
+    store.spend(call(cost=3000))
     store.spend(call("other", cost=2000))
     for _ in range(3):
-        standing = store.settle(call(cost=3000), spent.at, 0)
+        standing = store.settle(call(cost=3000), 0)
     assert standing.left == (3000,)
 
 
 def test_a_call_that_came_to_more_is_paid_for_before_the_next(store, clock):
-    spent = store.spend(call(cost=1000))
-    assert store.settle(call(cost=1000), spent.at, 9000).left == (0,)
+    store.spend(call(cost=1000))
+    assert store.settle(call(cost=1000), 9000).left == (0,)
     assert store.spend(call("next", cost=0)).refused_by == "rate"
     clock.seconds += 60
     assert store.spend(call("next")).left == (4000,)
 
 
-def test_leases_end_by_the_way_with_what_their_caller_does_next(store):
-    for number in range(3):
-        store.spend(call(str(number), tier=FREE))
-    theirs = store.spend(call("0", tier=FREE, subject="another"))
-    spent = store.spend(call("3", tier=FREE, ended=("0", "1", "unknown")))
-    assert (spent.refused_by, spent.running, spent.left) == (None, 2, (1000,))
-    settled = store.settle(call("3", tier=FREE, ended=("2",)), spent.at, UNIT)
-    assert (settled.running, settled.left) == (0, (1000,))
-    assert store.look("another", FREE).running == theirs.running == 1
+@pytest.mark.parametrize("late", [0, 2_000, 61_000], ids=["at-once", "later", "much-later"])
+def test_a_call_that_is_let_in_can_hold_more(store, clock, late):
+    admitted_call = call("a", lease_ms=100_000)
+    store.spend(admitted_call)
+    clock.seconds += late / 1000
+    raised = admitted_call.raised(4000)
+    held = store.reserve(admitted_call, raised)
+    assert (held.refused_by, held.left, held.running) == (None, (1000,), 1)
+    # All of it counts from now on, whatever was forgotten of the first.
+    clock.seconds += 59
+    assert store.look("someone", WIDE).left == (1000,)
+    assert store.settle(raised, 500).left == (4500,)
+    assert store.look("someone", WIDE).running == 0
+
+
+def test_what_cannot_be_held_is_refused_and_changes_nothing(store, clock):
+    store.spend(call("earlier", cost=2000))
+    clock.seconds += 20
+    store.spend(call("a"))
+    refused = store.reserve(call("a"), call("a").raised(3001))
+    # When the first is forgotten, there are 3001 beside the unit that this one has spent.
+    assert (refused.refused_by, refused.retry_after_ms) == ("rate", 40_000)
+    assert (refused.left, refused.running) == ((2000,), 2)
+    assert store.reserve(call("a"), call("a").raised(3000)).left == (0,)
+
+
+def test_a_step_that_is_sent_twice_is_done_once(store):
+    first = call("a", cost=2000)
+    raised = first.raised(3000)
+    for _ in range(2):
+        assert store.spend(first).left == (3000,)
+    for _ in range(2):
+        assert store.reserve(first, raised).left == (2000,)
+    for _ in range(2):
+        assert store.settle(raised, 1000).left == (4000,)
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+def test_whoever_lost_the_answer_to_a_reserve_can_settle_both(store, arrived):
+    first = call("a", cost=2000)
+    raised = first.raised(3000)
+    store.spend(first)
+    if arrived:
+        store.reserve(first, raised)
+    for one in (first, raised):
+        store.settle(one, 0)
+    standing = store.look("someone", WIDE)
+    assert (standing.left, standing.running) == ((5000,), 0)
+
+
+def test_what_a_call_came_to_beside_is_spent_when_it_is_settled(store, clock):
+    store.spend(call("a", lease_ms=100_000))
+    clock.seconds += 61  # the unit is forgotten, and the rest must not be
+    assert store.settle(call("a", lease_ms=100_000), 4000).left == (2000,)
+    clock.seconds += 59
+    assert store.look("someone", WIDE).left == (2000,)
 
 
 def test_a_refund_is_of_the_calls_own_time(store, clock):
-    first = store.spend(call("first", cost=2000))
+    store.spend(call("first", cost=2000))
     clock.seconds += 30
     store.spend(call("second", cost=3000))
-    assert store.settle(call("first", cost=2000), first.at, 0).left == (2000,)
+    assert store.settle(call("first", cost=2000), 0).left == (2000,)
     clock.seconds += 31  # the first would have been forgotten now, and the second not
     assert store.look("someone", WIDE).left == (2000,)
 
 
 def test_a_refund_past_the_window_changes_nothing(store, clock):
-    first = store.spend(call("first", lease_ms=100_000))
+    store.spend(call("first", lease_ms=100_000))
     clock.seconds += 70
     store.spend(call("second", cost=3000))
-    assert store.settle(call("first"), first.at, 0).left == (2000,)
+    assert store.settle(call("first"), 0).left == (2000,)
 
 
 def test_the_budget_counts_beside_the_rate(store, clock):
@@ -241,34 +294,44 @@ def test_a_clock_that_is_set_back_gives_nothing_away(store, clock):
 
 def test_the_stores_agree_on_thousands_of_random_steps(valkey, tmp_path, clock):
     valkey.client().flushall()
-    pair = RedisStore(valkey.url, now=clock), SqliteStore(tmp_path / "quota.db", now=clock)
+    stores = [
+        RedisStore(valkey.url, now=clock),
+        SqliteStore(tmp_path / "quota.db", now=clock),
+        MemoryStore(now=clock),
+    ]
     kinds = "free 7/second concurrency=3 budget=40/day, some 5/minute concurrency=4, more 9/second"
     kinds = list(tiers(kinds).values())
     chance = random.Random(5)
-    inside, refused = [], 0
+    inside, refused = [], Counter()
     for step in range(6000):
         clock.seconds += chance.choice([0, 0.001, 0.01, 0.1, 1, 7, -0.5, 90_000 * (step % 97 == 0)])
         tier, subject = chance.choice(kinds), chance.choice("ab")
         kind = chance.random()
-        if kind < 0.6 or not inside:
+        if kind < 0.5 or not inside:
             cost, lease_ms = chance.choice([0, 500, 1000, 3000, 9000]), chance.choice([500, 50_000])
-            ended = tuple(one.lease for one, _ in inside[: chance.choice([0, 0, 0, 2])])
-            one = Call(subject, tier, f"lease-{step}", cost, lease_ms, ended)
-            ours, twins = (store.spend(one) for store in pair)
-            refused += ours.refused_by is not None
-            if ours.refused_by is None:
-                inside.append((one, ours.at))
+            one = Call(subject, tier, f"lease-{step}", cost, lease_ms)
+            decisions = [store.spend(one) for store in stores]
+            if decisions[0].refused_by is None:
+                inside.append(one)
+        elif kind < 0.7:
+            place = chance.randrange(len(inside))
+            raised = inside[place].raised(chance.choice([0, 700, 2000, 5000, 20_000]))
+            decisions = [store.reserve(inside[place], raised) for store in stores]
+            if decisions[0].refused_by is None:
+                inside[place] = raised
         elif kind < 0.9:
-            one, at = inside.pop(chance.randrange(len(inside)))
+            one = inside.pop(chance.randrange(len(inside)))
             if chance.random() < 0.1:
-                inside.append((one, at))  # to be settled twice
-            cost = chance.choice([0, one.cost, one.cost + 700])
-            ours, twins = (store.settle(one, at, cost) for store in pair)
+                inside.append(one)  # to be settled twice
+            cost = chance.choice([0, one.cost, one.cost + 700, one.cost // 2])
+            decisions = [store.settle(one, cost) for store in stores]
         else:
-            ours, twins = (store.look(subject, tier) for store in pair)
-        assert ours == twins, f"step {step}"
-    assert 500 < refused < 3000
-    for store in pair:
+            decisions = [store.look(subject, tier) for store in stores]
+        refused[kind < 0.5] += decisions[0].refused_by is not None
+        assert decisions == [decisions[0]] * 3, f"step {step}"
+    assert refused[True] > 500
+    assert refused[False] > 100
+    for store in stores:
         store.close()
 
 
@@ -306,6 +369,24 @@ def test_eight_processes_that_race_are_let_in_exactly_as_often_as_the_rate_says(
     assert let_in == dict.fromkeys(subjects, 5)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 7, 100])
+def test_processes_that_have_but_their_memory_pass_no_limit_by_a_unit_each(clock, processes):
+    stores = [MemoryStore(processes, now=clock) for _ in range(processes)]
+    let_in = sum(admitted(store, 8, tier=WIDE) for store in stores)
+    assert 5 <= let_in < 5 + processes
+
+
+def test_callers_of_whom_nothing_is_left_leave_the_memory(clock):
+    store = MemoryStore(now=clock)
+    for number in range(50):
+        store.spend(call(subject=f"passer-by {number}"))
+        store.look(f"stranger {number}", WIDE)
+    assert len(store) == 50
+    clock.seconds += 3600
+    store.spend(call(subject="someone else"))
+    assert len(store) == 1
+
+
 def test_threads_that_race_take_exactly_the_places_there_are(make_store):
     store = make_store()
     at_once = Barrier(16)
@@ -325,11 +406,11 @@ def test_every_key_in_redis_expires_and_has_its_callers_hash_tag(valkey):
     server.flushall()
     store = RedisStore(valkey.url)
     store.spend(call(subject="key:abc", tier=BUDGETED))
-    spent = store.spend(call(subject="key:def", tier=FREE, lease_ms=90_000))
+    store.spend(call(subject="key:def", tier=FREE, lease_ms=90_000))
     assert set(server.keys()) == {b"crane:quota:{key:abc}", b"crane:quota:{key:def}"}
     assert 86_000_000 < server.pttl("crane:quota:{key:abc}") <= 86_400_000
     assert 80_000 < server.pttl("crane:quota:{key:def}") <= 90_000
-    store.settle(call(subject="key:def", tier=FREE), spent.at, 0)
+    store.settle(call(subject="key:def", tier=FREE, lease_ms=90_000), 0)
     assert server.keys() == [b"crane:quota:{key:abc}"]
     store.close()
 
@@ -359,8 +440,8 @@ def test_a_callers_state_does_not_grow_with_its_calls(tmp_path, clock):
     store = SqliteStore(tmp_path / "quota.db", now=clock)
     for number in range(3000):
         clock.seconds += 0.05
-        spent = store.spend(call(str(number), tier=tier))
-        store.settle(call(str(number), tier=tier), spent.at, UNIT)
+        store.spend(call(str(number), tier=tier))
+        store.settle(call(str(number), tier=tier), UNIT)
     with sqlite3.connect(tmp_path / "quota.db") as file:
         sizes = file.execute("SELECT length(state) FROM callers").fetchall()
     file.close()

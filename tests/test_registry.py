@@ -74,7 +74,7 @@ FAULTY = {
         "cost: cheap",
         "models[0].cost must be a number or a mapping, not a string",
     ),
-    "a cost below nothing": ("cost: -1", "models[0].cost.per_request must be at least 0, not -1"),
+    "a cost below nothing": ("cost: -1", "models[0].cost.per_input must be at least 0, not -1"),
     "a cost for what there is none of": (
         "cost: {per_picture: 1}",
         "models[0].cost.per_picture is not known here; did you mean",
@@ -399,10 +399,13 @@ def test_an_entry_takes_every_key_there_is(load):
 @pytest.mark.parametrize(
     ("text", "cost"),
     [
-        ("", Cost(per_request=1)),
+        ("", Cost(per_input=1)),
         ("cost: 0", Cost()),
-        ("cost: 2.5", Cost(per_request=2.5)),
-        ("cost: {per_1k_tokens: 2, per_audio_minute: 3}", Cost(0, 0, 2, 3)),
+        ("cost: 2.5", Cost(per_input=2.5)),
+        (
+            "cost: {per_1k_tokens: 2, per_audio_minute: 3, per_video_second: 4, per_input: 5}",
+            Cost(per_1k_tokens=2, per_audio_minute=3, per_video_second=4, per_input=5),
+        ),
     ],
 )
 def test_a_call_costs_what_its_entry_says(load, text, cost):

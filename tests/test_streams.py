@@ -18,6 +18,8 @@ from backend.adapters import previews
 from backend.adapters.echo import Echo
 from backend.engine import client as engine_client
 from backend.server.sockets import ClientSocket, Pace
+from backend.tasks import TASKS
+from backend.tasks.usage import most_usage
 from tests.checkpoints import checkpoint, sentence
 from tests.conftest import ECHO, MINILM, run, write_models
 from tests.serving import Gunicorn, Stream, wait_for
@@ -256,10 +258,10 @@ def test_an_error_before_the_model_runs_is_an_answer_and_after_that_an_event(
         assert (line["status"], line["error"]) == (200, code)
     else:
         assert stream.json()["error"]["code"] == code
-    assert wait_for(lambda: quota(server)) == (0, left)
+    wait_for(lambda: quota(server) == (0, left - 1))
 
 
-def test_who_leaves_stops_the_work_and_frees_the_place_and_pays_what_was_held(server):
+def test_who_leaves_stops_the_work_and_frees_the_place_and_pays_what_was_reserved(server):
     left = quota(server)[1]
     stream = server.stream("t5", PROMPT, options=ENDLESS)
     stream.until("delta")
@@ -267,7 +269,8 @@ def test_who_leaves_stops_the_work_and_frees_the_place_and_pays_what_was_held(se
     stream.leave()
     wait_for(lambda: quota(server)[0] == 0, timeout_s=2)
     wait_for(lambda: not server.get("/crane/models/t5")[1]["running"], timeout_s=2)
-    assert quota(server)[1] == left - ENDLESS["max_tokens"]
+    _, most = most_usage(TASKS["text2text-generation"], [PROMPT], {**ENDLESS, "num_images": 1})
+    assert quota(server)[1] == left - most["output_tokens"] - most["input_tokens"]
     [line] = wait_for(lambda: server.log_lines(request_id=stream.headers["X-Request-ID"]))
     assert (line["status"], line["error"]) == (200, "CLIENT_CLOSED_REQUEST")
 

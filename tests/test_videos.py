@@ -146,9 +146,11 @@ def test_a_film_is_what_a_direct_call_makes_alone_and_in_a_batch(
         assert difference(frames_of(output), frames) <= 1
     metadata = alone.json["metadata"]
     assert metadata["device"].startswith(device)
-    assert metadata["usage"] == {"video_frames": options["num_frames"]}
+    assert metadata["usage"]["video_frames"] == options["num_frames"]
+    assert metadata["usage"]["video_seconds"] > 0
     assert both["metadata"]["seed"] == [5, 6]
-    assert both["metadata"]["usage"] == {"video_frames": 2 * options["num_frames"]}
+    both_usage = {name: 2 * count for name, count in metadata["usage"].items()}
+    assert both["metadata"]["usage"] == pytest.approx(both_usage)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,8 @@ def test_a_receipt_says_what_was_left_to_the_model(
     assert answer.status_code == 200, answer.json
     metadata = answer.json["metadata"]
     count = applied.get("frames", applied.get("num_frames", options.get("num_frames")))
-    assert metadata["usage"] == {"video_frames": count}
+    seconds = round(count / applied.get("fps", 8), 3)
+    assert metadata["usage"] == {"video_frames": count, "video_seconds": seconds}
     _, rate, frames = opened(base64.b64decode(answer.json["output"]["data"]))
     assert (len(frames), rate) == (count, applied.get("fps", 8))
     told = {name: value for name, value in applied.items() if name != "frames"}
@@ -378,7 +381,7 @@ def test_what_a_caller_says_of_the_length_goes_before_the_entrys(
     options = {**of_entry, "num_inference_steps": 1, **SIDES}
     client = make_app([entry(checkpoint, "text-to-video", "wan", options=options)]).test_client()
     answer = run(client, "text-to-video", "red", options=asked)
-    assert answer.json["metadata"]["usage"] == {"video_frames": frames}
+    assert answer.json["metadata"]["usage"]["video_frames"] == frames
 
 
 # One checkpoint for both tasks.

@@ -102,7 +102,10 @@ class VideoGenerator(ShapedAdapter):
                 frames = np.stack([np.asarray(image) for image in images])
                 results[film.place] = Prediction(
                     {"frames": frames, "fps": shape.fps},
-                    {"video_frames": len(frames)},
+                    {
+                        "video_frames": len(frames),
+                        "video_seconds": round(len(frames) / shape.fps, 3),
+                    },
                     applied=self._applied(frames, shape, batch.options),
                 )
         return [results.get(place) or too_late() for place in range(len(batch))]

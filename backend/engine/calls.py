@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -147,10 +149,15 @@ class Job:
         self._cancelled = True
         self._end(error)
 
+    @property
+    def begun(self) -> bool:
+        """Whether any of its inputs began to run."""
+        return self._begun
+
     def begin(self, about: Mapping[str, Any], timings_ms: Mapping[str, float]) -> None:
         """Tell a call that streams that the first of its inputs begins to run."""
-        if self.call.stream and not self._begun:
-            self._begun = True
+        begun, self._begun = self._begun, True
+        if self.call.stream and not begun:
             self.tell("start", {**about, "timings_ms": timings_ms})
 
     def tell(self, kind: str, data: dict[str, Any]) -> None:
@@ -162,7 +169,18 @@ class Job:
             if self._ended:
                 return
             self._ended = True
-        self._tell(answer)
+        self._tell(self._with_usage(answer) if isinstance(answer, CraneError) else answer)
+
+    def _with_usage(self, error: CraneError) -> CraneError:
+        """An error that says what of the call was run; it may be that of other calls, too."""
+        if not self._begun:
+            return error
+        usage: Counter[str] = Counter()
+        for item in self.items:
+            usage.update(item.prediction.usage if item.prediction else {})
+        error = copy(error)
+        error.usage = dict(usage)
+        return error
 
     def _item_done(self, about: Mapping[str, Any]) -> None:
         self._open -= 1

@@ -149,6 +149,10 @@ class SingleEngine(EngineClient):
                         "Ask for less at once, or raise CRANE_REQUEST_TIMEOUT."
                     )
                 yield told
+        except CraneError as error:
+            if not ended and self._has_begun(ticket):
+                error.usage = {}
+            raise
         finally:
             if not ended:
                 self._cancel(ticket)
@@ -172,6 +176,10 @@ class SingleEngine(EngineClient):
 
         Raises ``ClientClosedRequest``.
         """
+
+    @abstractmethod
+    def _has_begun(self, ticket: Any) -> bool:
+        """Whether a call that is given up began to run; so it did where that is not known."""
 
     @abstractmethod
     def _cancel(self, ticket: Any) -> None:

@@ -69,6 +69,9 @@ class InlineEngine(SingleEngine):
                 raise caller_gone()
         return None
 
+    def _has_begun(self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]) -> bool:
+        return ticket[0].begun
+
     def _cancel(self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]) -> None:
         ticket[0].cancel()
 

@@ -29,6 +29,7 @@ ENGINE_START_S = (
     5.0  # a restarted engine listens after about half a second; loaded hosts are slower
 )
 STATUS_TIMEOUT_S = 2.0
+BEGUN_TIMEOUT_S = 0.25
 
 
 class EngineAway(ModelUnavailable):
@@ -41,12 +42,12 @@ class Ticket:
     def __init__(self, channel: Channel, call_id: str) -> None:
         self.channel = channel
         self.told: deque[Any] = deque()  # ``Event``, ``Answer`` or ``CraneError``
-        self._call_id = call_id
+        self.call_id = call_id
 
     def take(self, messages: list[list[Part]]) -> None:
         """Raises ``BadMessage``."""
         for message in messages:
-            told: Any = wire.unpack_answer(self._call_id, message)
+            told: Any = wire.unpack_answer(self.call_id, message)
             last: Any = self.told[-1] if self.told else None
             if _go_together(last, told):  # whoever is slower than the model gets more at once
                 last.data["text"] += told.data["text"]
@@ -139,6 +140,23 @@ class RemoteEngine(SingleEngine):
             except BadMessage as error:
                 raise _not_understood(error) from None
         return ticket.told.popleft() if ticket.told else None
+
+    def _has_begun(self, ticket: Ticket) -> bool:
+        """Ask the engine, whose I/O thread answers at once; not so where it has just died."""
+        deadline = time.monotonic() + BEGUN_TIMEOUT_S
+        try:
+            ticket.channel.send(wire.pack([wire.BEGUN, ticket.call_id]))
+            while time.monotonic() < deadline:
+                ticket.take(self._receive(ticket.channel, deadline))
+                while ticket.told:
+                    told = ticket.told.popleft()
+                    if isinstance(told, Event) and told.kind == wire.BEGUN:
+                        return bool(told.data["begun"])
+                    if isinstance(told, CraneError):
+                        return told.usage is not None
+        except (OSError, BadMessage, ModelUnavailable):
+            return False
+        return True
 
     def _cancel(self, ticket: Ticket) -> None:
         self._hang_up(ticket.channel)

@@ -155,6 +155,10 @@ class Server:
             return
         if request is None:
             self._send(caller, wire.pack(self._engine.status()))
+        elif isinstance(request, tuple) and request[0] == wire.BEGUN:
+            job = self._jobs[caller]
+            told = Event(wire.BEGUN, {"begun": job is None or job.begun})
+            self._send(caller, wire.pack_answer(request[1], told))
         elif isinstance(request, tuple):
             self._order(caller, *request)
         elif self._jobs[caller] is None:

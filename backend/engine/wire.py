@@ -19,7 +19,8 @@ from backend.messages import BadMessage, Part, pack, unpack
 
 __all__ = ["BadMessage", "pack", "unpack"]
 
-ORDERS = ("load", "unload", "prepare")
+BEGUN = "begun"  # asks whether the call on this connection began to run; so is the event called
+ORDERS = ("load", "unload", "prepare", BEGUN)
 MAX_RUNS = 100_000  # of a call: the most that CRANE_MAX_BATCH may be
 
 _Kinds = Mapping[str, tuple[type, ...]]
@@ -44,6 +45,7 @@ _ERROR: _Kinds = {
     "message": (str,),
     "details": (dict,),
     "retry_after_s": (*_NUMBER, NoneType),
+    "usage": (dict, NoneType),
 }
 
 
@@ -99,6 +101,7 @@ def pack_answer(call_id: str, answer: Event | Answer | CraneError | None) -> lis
         "message": answer.message,
         "details": answer.details,
         "retry_after_s": answer.retry_after_s,
+        "usage": answer.usage,
     }
     return pack({"id": call_id, "error": error})
 
@@ -116,14 +119,14 @@ def unpack_answer(call_id: str, parts: Sequence[Part]) -> Event | Answer | Crane
     if "answer" in message:
         answer = message["answer"]
         return None if answer is None else Answer(**_checked(answer, _ANSWER, "answer"))
-    error = _checked(message.get("error"), _ERROR, "error")
-    kind = ERRORS.get(error["code"], InternalError)
+    told = _checked(message.get("error"), _ERROR, "error")
+    kind = ERRORS.get(told["code"], InternalError)
     try:
-        return kind(
-            error["message"], details=error["details"], retry_after_s=error["retry_after_s"]
-        )
+        error = kind(told["message"], details=told["details"], retry_after_s=told["retry_after_s"])
     except TypeError:  # an error of HTTP's, which an engine does not know
-        raise BadMessage(f"its error is {error['code']!r:.40}") from None
+        raise BadMessage(f"its error is {told['code']!r:.40}") from None
+    error.usage = told["usage"]
+    return error
 
 
 def unpack_status(parts: Sequence[Part]) -> dict[str, Any]:

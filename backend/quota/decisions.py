@@ -10,7 +10,7 @@ entries a limit.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from backend.quota.tiers import UNIT, Limit, Tier
@@ -46,9 +46,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that asks to be let in: what it costs in thousandths, and when its lease ends.
+    """A call that asks to be let in: what it costs in thousandths, and how long its lease is.
 
-    ``ended`` are leases of the same caller's other calls, to be ended by the way.
+    A lease's end tells when its cost was spent, so a call keeps its ``lease_ms``.
     """
 
     subject: str
@@ -56,26 +56,49 @@ class Call:
     lease: str
     cost: int
     lease_ms: int
-    ended: tuple[str, ...] = ()
+
+    def raised(self, cost: int) -> Call:
+        """The same call with another cost.
+
+        Its lease has another name: whoever lost the answer to a ``reserve`` can settle both, and
+        the one that is held is settled.
+        """
+        return replace(self, lease=f"{self.lease}+", cost=cost)
 
 
 class Store(Protocol):
-    """Where quotas are kept. Each method is one step, which nothing comes between."""
+    """Where quotas are kept. Each method is one step, which nothing comes between.
+
+    A step may be sent again by whoever lost its answer: it is not done twice.
+    """
+
+    name: str
+    errors: tuple[type[Exception], ...]  # what a step raises where the store does not work
 
     def spend(self, call: Call) -> Decision:
         """Let a call in, or refuse it and take nothing."""
 
-    def settle(self, call: Call, at: int, cost: int) -> Decision:
+    def reserve(self, call: Call, raised: Call) -> Decision:
+        """Have a call that was let in cost as much as ``raised``, or refuse and change nothing."""
+
+    def settle(self, call: Call, cost: int) -> Decision:
         """End a call's lease, and have it cost what it did; does nothing for a lease that ended."""
 
     def look(self, subject: str, tier: Tier) -> Decision:
         """How a caller stands."""
 
+    def ping(self) -> None:
+        """Raise one of ``errors`` where steps would fail."""
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+
 
 def spend(state: State, call: Call, now: int) -> Decision:
     """Change ``state`` as a call asks, unless it must be refused."""
     now = _forget(state, call.tier, now)
-    _end(state, call.ended)
+    if call.lease in state.leases:
+        return _standing(state, call.tier, now)
     refused_by, retry_after_ms = None, 0
     for limit in call.tier.limits:
         wait_ms = _wait_ms(state, limit, call.cost, now)
@@ -84,25 +107,57 @@ def spend(state: State, call: Call, now: int) -> Decision:
     if refused_by is None and len(state.leases) >= call.tier.concurrency:
         refused_by, retry_after_ms = "concurrency", CONCURRENCY_RETRY_MS
     if refused_by is None:
-        state.leases[call.lease] = now + call.lease_ms
-        if call.cost:
-            for limit in call.tier.limits:
-                _add(state, limit.window_s * 1000, now, call.cost)
+        _hold(state, call, now)
     return _standing(state, call.tier, now, refused_by, retry_after_ms)
 
 
-def settle(state: State, call: Call, at: int, cost: int, now: int) -> Decision:
+def reserve(state: State, call: Call, raised: Call, now: int) -> Decision:
+    """Spend ``raised`` now instead of ``call`` before, unless it must be refused."""
     now = _forget(state, call.tier, now)
-    _end(state, call.ended)
+    if raised.lease in state.leases:
+        return _standing(state, call.tier, now)
+    at = _spent_at(state, call)
+    refused_by, retry_after_ms = None, 0
+    for limit in call.tier.limits:
+        window = limit.window_s * 1000
+        held = call.cost if _find(state, window, at) is not None else 0
+        if _used(state, window) - held + raised.cost <= limit.units * UNIT:
+            continue
+        # Until there is enough for another try, beside what this one has spent.
+        wait_ms = _wait_ms(state, limit, raised.cost, now)
+        if wait_ms > retry_after_ms:
+            refused_by, retry_after_ms = limit.name, wait_ms
+    if refused_by is None:
+        state.leases.pop(call.lease, None)
+        for limit in call.tier.limits:
+            _refund(state, limit.window_s * 1000, at, call.cost)
+        _hold(state, raised, now)
+    return _standing(state, call.tier, now, refused_by, retry_after_ms)
+
+
+def settle(state: State, call: Call, cost: int, now: int) -> Decision:
+    now = _forget(state, call.tier, now)
+    at = _spent_at(state, call)
     if state.leases.pop(call.lease, None) is not None:
         for limit in call.tier.limits:
-            _change(state, limit.window_s * 1000, at, cost - call.cost)
+            window = limit.window_s * 1000
+            if cost < call.cost:
+                _refund(state, window, at, call.cost - cost)
+            elif cost > call.cost:
+                # Now, for what was spent at first may be forgotten by now.
+                _add(state, window, now, cost - call.cost)
     return _standing(state, call.tier, now)
 
 
 def look(state: State, tier: Tier, now: int) -> Decision:
     now = _forget(state, tier, now)
     return _standing(state, tier, now)
+
+
+def counts_until(state: State) -> int:
+    """When nothing of a caller counts any more, in ms."""
+    ends = [entries[-2] + window for window, entries in state.spent.items()]
+    return max([0, *state.leases.values(), *ends])
 
 
 def _forget(state: State, tier: Tier, now: int) -> int:
@@ -124,9 +179,16 @@ def _forget(state: State, tier: Tier, now: int) -> int:
     return now
 
 
-def _end(state: State, leases: tuple[str, ...]) -> None:
-    for lease in leases:
-        state.leases.pop(lease, None)
+def _hold(state: State, call: Call, now: int) -> None:
+    state.leases[call.lease] = now + call.lease_ms
+    if call.cost:
+        for limit in call.tier.limits:
+            _add(state, limit.window_s * 1000, now, call.cost)
+
+
+def _spent_at(state: State, call: Call) -> int:
+    """When a call's cost was spent; before all time where its lease has ended."""
+    return state.leases.get(call.lease, 0) - call.lease_ms
 
 
 def _used(state: State, window: int) -> int:
@@ -156,17 +218,26 @@ def _add(state: State, window: int, now: int, cost: int) -> None:
         entries.extend((now, now, cost))
 
 
-def _change(state: State, window: int, at: int, change: int) -> None:
-    """Have the entry that a spend went into hold more, or less; it may be forgotten by now."""
-    entries = state.spent.get(window, array("q"))
-    for place in range(0, len(entries) if change else 0, 3):
-        if entries[place] <= at <= entries[place + 1]:
-            entries[place + 2] = max(0, entries[place + 2] + change)
-            if not entries[place + 2]:
-                del entries[place : place + 3]
-                break
+def _find(state: State, window: int, at: int) -> int | None:
+    """The index of the entry that a spend went into; None where it is forgotten."""
+    entries = state.spent.get(window, ())
+    for index in range(0, len(entries), 3):
+        if entries[index] <= at <= entries[index + 1]:
+            return index
+    return None
+
+
+def _refund(state: State, window: int, at: int, cost: int) -> None:
+    """Take so much out of the entry that a spend went into, unless it is forgotten by now."""
+    index = _find(state, window, at)
+    if index is None:
+        return
+    entries = state.spent[window]
+    entries[index + 2] -= cost
+    if entries[index + 2] <= 0:
+        del entries[index : index + 3]
     if not entries:
-        state.spent.pop(window, None)
+        del state.spent[window]
 
 
 def _standing(

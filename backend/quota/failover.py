@@ -1,94 +1,174 @@
-"""Redis first, this host's SQLite while Redis is away: a call never waits for it twice."""
+"""Stores in the order of who should decide: the first that works does."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from backend.quota.decisions import Call, Decision, Store
-from backend.quota.redis import RedisStore
-from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import Tier
 
 logger = logging.getLogger("crane.quota")
 
-PROBE_S = 0.5  # between looks for a Redis that was away
+PROBE_S = 0.5  # between looks for a store that was away
+CLOSE_WAIT_S = 5.0  # for such a look, at the end
+MAX_LATE = 10_000  # calls to be settled once a store is back; leases end by themselves
 
 
 class QuotaAway(Exception):
-    """Redis does not answer, and nobody else is to decide."""
+    """The store that is to decide does not work."""
 
 
-class FailoverStore:
-    """Decides on Redis. The first call that gets no answer marks it away: from then on the host's
-    own store decides, if ``local``, and a thread of ours looks until Redis answers again.
+class WatchedStore:
+    """A store that may fail. It is away from its first failure on: a thread looks until it works.
+
+    What could not be settled meanwhile is settled then. So is a call whose spend had no answer,
+    for it may have been let in after all.
     """
 
-    def __init__(
-        self,
-        redis: RedisStore,
-        sqlite: SqliteStore,
-        *,
-        local: bool,
-        on_change: Callable[[bool], None] = lambda away: None,
-    ) -> None:
-        import redis as library
-
-        self._errors = library.RedisError
-        self._redis, self._sqlite = redis, sqlite
-        self._local = local
-        self._on_change = on_change
-        self._lock = threading.Lock()  # so that one thread looks, and one line says so
-        self._closed = threading.Event()
+    def __init__(self, store: Store, on_change: Callable[[bool], None] = lambda away: None) -> None:
+        self.store = store
         self.away = False
+        self._on_change = on_change
+        self._late: deque[tuple[Call, int]] = deque(maxlen=MAX_LATE)
+        self._lock = threading.Lock()  # so that one thread looks, and leaves nothing unsettled
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def spend(self, call: Call) -> Decision:
-        return self._decide(lambda store: store.spend(call))
+        return self._run(lambda: self.store.spend(call), late=[(call, 0)])
 
-    def settle(self, call: Call, at: int, cost: int) -> Decision:
-        # A lease of the other store's is none here, and ends there by itself.
-        return self._decide(lambda store: store.settle(call, at, cost))
+    def reserve(self, call: Call, raised: Call) -> Decision:
+        return self._run(
+            lambda: self.store.reserve(call, raised), late=[(call, 0), (raised, 0)], again=True
+        )
+
+    def settle(self, call: Call, cost: int) -> Decision:
+        return self._run(lambda: self.store.settle(call, cost), late=[(call, cost)], again=True)
 
     def look(self, subject: str, tier: Tier) -> Decision:
-        return self._decide(lambda store: store.look(subject, tier))
+        return self._run(lambda: self.store.look(subject, tier), late=[])
 
     def close(self) -> None:
         self._closed.set()
-        self._redis.close()
-        self._sqlite.close()
+        if self._watcher is not None:
+            self._watcher.join(CLOSE_WAIT_S)
+        self.store.close()
 
-    def _decide(self, step: Callable[[Store], Decision]) -> Decision:
-        if not self.away:
-            try:
-                return step(self._redis)
-            except self._errors as error:
-                self._lost(error)
-        if not self._local:
-            raise QuotaAway
-        return step(self._sqlite)
+    def _run(
+        self, step: Callable[[], Decision], *, late: list[tuple[Call, int]], again: bool = False
+    ) -> Decision:
+        """Take a step; raises ``QuotaAway``.
 
-    def _lost(self, error: Exception) -> None:
+        ``late`` is to be settled if it fails; ``again`` says that it is, too, where the store was
+        away before.
+        """
+        if self.away:
+            with self._lock:
+                if self.away:
+                    self._late += late if again else []
+                    raise QuotaAway
+        try:
+            return step()
+        except self.store.errors as error:
+            self._lost(error, late)
+            raise QuotaAway from None
+
+    def _lost(self, error: Exception, late: list[tuple[Call, int]]) -> None:
         with self._lock:
+            self._late += late
             if self.away or self._closed.is_set():
                 return
-            self.away = True
+            watcher = threading.Thread(
+                target=self._watch, name=f"{self.store.name} watch", daemon=True
+            )
+            watcher.start()  # or raise, and the next call tries again
+            self._watcher, self.away = watcher, True
             logger.error(
-                "Redis does not answer; until it does, quotas are %s",
-                "decided on this host" if self._local else "not known",
+                "quotas cannot be kept in %s now; until they can, CRANE_QUOTA_ON_OUTAGE decides",
+                self.store.name,
                 extra={"fields": {"reason": type(error).__name__}},
             )
             self._on_change(True)
-            threading.Thread(target=self._watch, name="redis watch", daemon=True).start()
 
     def _watch(self) -> None:
+        logged = False
         while not self._closed.wait(PROBE_S):
             try:
-                self._redis.ping()
-            except self._errors:
-                continue
-            with self._lock:
-                self.away = False
-                logger.warning("Redis answers again; quotas are decided there")
-                self._on_change(False)
-            return
+                if self._is_back():
+                    return
+            except Exception:
+                # Whatever it is, the store is not back; and nobody else would look again.
+                if not logged:
+                    logger.exception("the %s store cannot be looked at", self.store.name)
+                logged = True
+
+    def _is_back(self) -> bool:
+        try:
+            self.store.ping()
+            while self._late and not self._closed.is_set():
+                self._settle(*self._late.popleft())
+        except self.store.errors:
+            return False
+        with self._lock:
+            if self._late:  # since then
+                return False
+            self.away = False
+            logger.warning("quotas are kept in %s again", self.store.name)
+            self._on_change(False)
+        return True
+
+    def _settle(self, call: Call, cost: int) -> None:
+        try:
+            self.store.settle(call, cost)
+        except self.store.errors:
+            self._late.appendleft((call, cost))
+            raise
+
+
+class Failover:
+    """The stores that may decide, the best first. Each step raises ``QuotaAway`` if none works."""
+
+    def __init__(
+        self, stores: Sequence[Store], on_change: Callable[[bool], None] = lambda away: None
+    ) -> None:
+        """``on_change`` is told when the first of them is away, and when it is back."""
+        self._watched = [WatchedStore(stores[0], on_change), *map(WatchedStore, stores[1:])]
+
+    @property
+    def deciding(self) -> str | None:
+        """The name of the store that decides, as far as is known."""
+        return next((watched.store.name for watched in self._watched if not watched.away), None)
+
+    @property
+    def away(self) -> bool:
+        """Whether the first store, which is to decide, does not work."""
+        return self._watched[0].away
+
+    def spend(self, call: Call) -> tuple[Decision, WatchedStore]:
+        """The decision, and who made it: that is who holds the call."""
+        for watched in self._watched:
+            with suppress(QuotaAway):
+                return watched.spend(call), watched
+        raise QuotaAway
+
+    def reserve(
+        self, call: Call, raised: Call, holder: WatchedStore
+    ) -> tuple[Decision, WatchedStore]:
+        """Likewise; who comes after a holder that is away has the call spend all of it there."""
+        with suppress(QuotaAway):
+            return holder.reserve(call, raised), holder
+        return self.spend(raised)
+
+    def look(self, subject: str, tier: Tier) -> Decision:
+        for watched in self._watched:
+            with suppress(QuotaAway):
+                return watched.look(subject, tier)
+        raise QuotaAway
+
+    def close(self) -> None:
+        for watched in self._watched:
+            watched.close()

@@ -7,7 +7,8 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from backend.quota.tiers import Tier
 
 BUSY_TIMEOUT_S = 0.25  # for other processes' steps of some 20 µs each
 BUSY_WAIT_S = 0.0001
-OPEN_TIMEOUT_S = 5.0  # for others that make the file just then, once in its life
+OPEN_TIMEOUT_S = 2.0  # for others that make the file just then, once in its life
 SWEEP_MS = 60_000  # between looks for callers of whom nothing is left
 
 
@@ -38,6 +39,9 @@ _CREATE = """
 class SqliteStore:
     """One row a caller. Times are the host's clock, which must not differ between its workers."""
 
+    name = "sqlite"
+    errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         self._path = path
         self._now = now
@@ -45,6 +49,7 @@ class SqliteStore:
         self._connection: sqlite3.Connection | None = None
         # One step at a time in this process: threads would otherwise sleep for SQLite's own lock.
         self._lock = threading.Lock()
+        self._failures = 0
         self._decide: Callable[[State], Decision]
         self._decision: Decision
 
@@ -52,34 +57,43 @@ class SqliteStore:
         now = self._now_ms()
         return self._step(call.subject, lambda state: decisions.spend(state, call, now), now)
 
-    def settle(self, call: Call, at: int, cost: int) -> Decision:
+    def reserve(self, call: Call, raised: Call) -> Decision:
         now = self._now_ms()
         return self._step(
-            call.subject, lambda state: decisions.settle(state, call, at, cost, now), now
+            call.subject, lambda state: decisions.reserve(state, call, raised, now), now
         )
+
+    def settle(self, call: Call, cost: int) -> Decision:
+        now = self._now_ms()
+        return self._step(call.subject, lambda state: decisions.settle(state, call, cost, now), now)
 
     def look(self, subject: str, tier: Tier) -> Decision:
         now = self._now_ms()
-        with self._lock:
-            found = (
-                self._opened()
-                .execute("SELECT state FROM callers WHERE subject = ?", (subject,))
-                .fetchone()
-            )
+        with self._opened() as connection:
+            found = connection.execute(
+                "SELECT state FROM callers WHERE subject = ?", (subject,)
+            ).fetchone()
         return decisions.look(_load(found and found[0]), tier, now)
+
+    def ping(self) -> None:
+        # A write: a file that is locked, or on a full disk, can still be read.
+        self._step("ping", lambda state: decisions.look(state, _PING, 0), self._now_ms())
 
     def close(self) -> None:
         with self._lock:
-            if self._connection is not None:
+            self._close()
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
                 self._connection.close()
-                self._connection = None
+            self._connection = None
 
     def _now_ms(self) -> int:
         return int(self._now() * 1000)
 
     def _step(self, subject: str, decide: Callable[[State], Decision], now: int) -> Decision:
-        with self._lock:
-            connection = self._opened()
+        with self._opened() as connection:
             self._decide = decide
             _execute(connection, _STEP, {"subject": subject})
             if now - self._swept > SWEEP_MS:
@@ -93,10 +107,25 @@ class SqliteStore:
         self._decision = self._decide(state)
         return _dump(state)
 
-    def _opened(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self._connection = self._open()
-        return self._connection
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one step. Raises one of ``errors``.
+
+        Where a step fails, so do at once those that waited for it: each would wait as long again.
+        """
+        failures = self._failures
+        with self._lock:
+            if self._failures != failures:
+                raise sqlite3.OperationalError("the step before failed")
+            try:
+                if self._connection is None:
+                    self._connection = self._open()
+                yield self._connection
+            except self.errors as error:
+                self._failures += 1
+                if not (isinstance(error, sqlite3.Error) and _is_busy(error)):
+                    self._close()  # which may be of a file that is there no more
+                raise
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -130,13 +159,19 @@ def _execute(
         try:
             connection.execute(statement, values)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+            if not _is_busy(error) or time.monotonic() > until:
                 raise
         else:
             return
         time.sleep(BUSY_WAIT_S)
 
 
+def _is_busy(error: sqlite3.Error) -> bool:
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    return code & 0xFF == sqlite3.SQLITE_BUSY
+
+
+_PING = Tier("ping", (), 1)
 # When nothing is left of a caller, before all else and its highest byte first: so rows compare.
 _ENDS = struct.Struct(">Q")
 
@@ -149,8 +184,6 @@ def _load(stored: bytes | None) -> State:
 
 
 def _dump(state: State) -> bytes:
-    ends = [entries[-2] + window for window, entries in state.spent.items()]
-    last = max([0, *state.leases.values(), *ends])
     spent = {window: entries.tobytes() for window, entries in state.spent.items()}
     packed: bytes = msgpack.packb((state.leases, spent))
-    return _ENDS.pack(last) + packed
+    return _ENDS.pack(decisions.counts_until(state)) + packed

@@ -12,6 +12,7 @@ from marshmallow import ValidationError, fields
 
 from backend.bounds import text_size
 from backend.schemas import Bounds, Choice, KeepAlive, ListOf, StrictField, StrictSchema, Text
+from backend.tasks.usage import Makes, nothing
 
 MAX_SEED = 2**32 - 1
 
@@ -151,7 +152,8 @@ class Task:
     ``format``, each with its media type. ``dump`` makes of an adapter's output what callers get,
     in the engine, where that is not the output itself; it calls ``check`` between its parts, which
     raises once nobody waits for them. ``expand`` says what an input
-    comes to as the model reads it, before anything is made of it.
+    comes to as the model reads it, before anything is made of it; ``makes`` says how much the
+    outputs of one input may come to.
     """
 
     name: str
@@ -164,6 +166,7 @@ class Task:
     dump: Callable[[Any, Mapping[str, Any], Check], Any] | None = None
     # Of a loaded input and options; a task that reads some text several times says how often.
     expand: Callable[[Any, Mapping[str, Any]], Expansion] = one_sequence
+    makes: Makes = nothing
 
     def draws(self, options: Mapping[str, Any]) -> bool:
         """Whether anything is drawn at random, so that a seed belongs in the receipt."""

@@ -19,6 +19,7 @@ from backend.schemas import (
     StrictSchema,
     Text,
 )
+from backend.tasks import usage
 from backend.tasks.base import Check, Options, Task, about
 from backend.tasks.diffusion import cut_prompt, denoising_steps, first_seed, guidance, side, without
 from backend.tasks.examples import PICTURE
@@ -137,6 +138,7 @@ _MASK = (
 
 TEXT_TO_IMAGE = Task(
     name="text-to-image",
+    makes=usage.images,
     input=PromptField(),
     options=ImageOptions,
     output=_OUTPUT,
@@ -146,6 +148,7 @@ TEXT_TO_IMAGE = Task(
 )
 IMAGE_TO_IMAGE = Task(
     name="image-to-image",
+    makes=usage.images,
     input=ObjectOf(EditInput),
     options=EditOptions,
     output=_OUTPUT,
@@ -158,6 +161,7 @@ IMAGE_TO_IMAGE = Task(
 )
 INPAINTING = Task(
     name="inpainting",
+    makes=usage.images,
     input=ObjectOf(InpaintingInput),
     options=EditOptions,
     output=_OUTPUT,

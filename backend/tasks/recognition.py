@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from backend.media.parts import AudioField
 from backend.schemas import Choice, Integer, Text
+from backend.tasks import usage
 from backend.tasks.base import Options, Task, about
 from backend.tasks.examples import SOUND
 
@@ -36,6 +37,7 @@ class RecognitionOptions(Options):
 
 AUTOMATIC_SPEECH_RECOGNITION = Task(
     name="automatic-speech-recognition",
+    makes=usage.transcript,
     input=AudioField(),
     options=RecognitionOptions,
     output=(

@@ -9,6 +9,7 @@ from typing import Any
 from backend.media import Media
 from backend.media.audio import AUDIO_FORMATS, encode_audio
 from backend.schemas import Boolean, Choice, Integer, Number, Text
+from backend.tasks import usage
 from backend.tasks.base import MAX_SEED, TRUNCATE, Check, Options, Task, about
 
 
@@ -94,6 +95,7 @@ _OUTPUT = 'the sound, {"mime_type", "data"}'
 
 TEXT_TO_SPEECH = SoundTask(
     name="text-to-speech",
+    makes=usage.speech,
     input=Text(),
     options=SpeechOptions,
     output=_OUTPUT,
@@ -103,6 +105,7 @@ TEXT_TO_SPEECH = SoundTask(
 )
 TEXT_TO_AUDIO = SoundTask(
     name="text-to-audio",
+    makes=usage.sound,
     input=Text(),
     options=AudioOptions,
     output=_OUTPUT,

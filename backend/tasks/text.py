@@ -23,6 +23,7 @@ from backend.schemas import (
     StringOr,
     Text,
 )
+from backend.tasks import usage
 from backend.tasks.base import MAX_SEED, TRUNCATE, Options, Task, about
 
 MOST_JSON = 65536  # bytes of a schema, and of the arguments of a call
@@ -287,6 +288,7 @@ class ChatInput(ToolsInput):
 
 SUMMARIZATION = Task(
     name="summarization",
+    makes=usage.completion,
     input=Text(),
     options=Text2TextOptions,
     output="the summary, a string",
@@ -298,6 +300,7 @@ SUMMARIZATION = Task(
 )
 TRANSLATION = Task(
     name="translation",
+    makes=usage.completion,
     input=Text(),
     options=TranslationOptions,
     output="the translation, a string",
@@ -305,6 +308,7 @@ TRANSLATION = Task(
 )
 TEXT2TEXT_GENERATION = Task(
     name="text2text-generation",
+    makes=usage.completion,
     input=Text(),
     options=Text2TextOptions,
     output="the text the model answers with, a string",
@@ -312,6 +316,7 @@ TEXT2TEXT_GENERATION = Task(
 )
 TEXT_GENERATION = Task(
     name="text-generation",
+    makes=usage.completion,
     input=Text(),
     options=TokenOptions,
     output="the continuation without the prompt, a string",
@@ -319,6 +324,7 @@ TEXT_GENERATION = Task(
 )
 CHAT = Task(
     name="chat",
+    makes=usage.completion,
     input=ObjectOf(ChatInput),
     options=ChatOptions,
     output="the reply, a string",

@@ -11,6 +11,7 @@ from backend.media import Media
 from backend.media.parts import ImageField
 from backend.media.video import VIDEO_FORMATS, encode_video
 from backend.schemas import Choice, Integer, Number, ObjectOf, StrictSchema, Text
+from backend.tasks import usage
 from backend.tasks.base import Check, Options, Task, about
 from backend.tasks.diffusion import cut_prompt, denoising_steps, first_seed, guidance, side, without
 from backend.tasks.examples import PICTURE
@@ -92,6 +93,7 @@ _OUTPUT = 'the film, {"mime_type", "data"}'
 
 TEXT_TO_VIDEO = Task(
     name="text-to-video",
+    makes=usage.video,
     input=PromptField(),
     options=VideoOptions,
     output=_OUTPUT,
@@ -101,6 +103,7 @@ TEXT_TO_VIDEO = Task(
 )
 IMAGE_TO_VIDEO = Task(
     name="image-to-video",
+    makes=usage.video,
     input=ObjectOf(AnimationInput),
     options=AnimationOptions,
     output=_OUTPUT,

@@ -16,6 +16,7 @@ from backend.schemas import (
     StringOr,
     Text,
 )
+from backend.tasks import usage
 from backend.tasks.base import TRUNCATE, Options, Task, about
 from backend.tasks.examples import PICTURE
 from backend.tasks.text import GenerationOptions, Message, ThinkingOptions, ToolsInput
@@ -88,6 +89,7 @@ class QuestionOptions(Options):
 
 IMAGE_TO_TEXT = Task(
     name="image-to-text",
+    makes=usage.seen_completion,
     input=ImageField(),
     options=PictureTextOptions,
     output="the caption, a string",
@@ -95,6 +97,7 @@ IMAGE_TO_TEXT = Task(
 )
 IMAGE_TEXT_TO_TEXT = Task(
     name="image-text-to-text",
+    makes=usage.seen_completion,
     input=ObjectOf(PictureChatInput),
     options=PictureChatOptions,
     output="the reply, a string",
@@ -115,6 +118,7 @@ IMAGE_TEXT_TO_TEXT = Task(
 )
 VISUAL_QUESTION_ANSWERING = Task(
     name="visual-question-answering",
+    makes=usage.completion,
     input=ObjectOf(QuestionInput),
     options=QuestionOptions,
     output=(

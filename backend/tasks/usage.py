@@ -1,0 +1,132 @@
+"""How much a call may use at most, known from its inputs and options before it runs.
+
+The names are those of receipts: ``input_tokens``, ``output_tokens``, ``images``,
+``audio_seconds`` and ``video_seconds``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backend.bounds import text_size
+
+if TYPE_CHECKING:
+    from backend.tasks.base import Task
+
+Usage = Mapping[str, float]
+# What is made of one input; the input's media are read.
+Makes = Callable[[Any, Mapping[str, Any]], Usage]
+
+# What a template or a tokenizer adds: to a text, a message, a tool.
+EXTRA_TOKENS = 16
+# LLaVA-NeXT makes up to 2,880 tokens of a picture, more than others do.
+IMAGE_TOKENS = 3072
+# Characters; slow speech has some ten a second. What is made is paid for where it is longer.
+SPOKEN_PER_S = 4
+WHISPER_WINDOW_S = 30
+WHISPER_TOKENS = 448  # at most, for each window
+SOUND_S = 60.0  # of what is composed, where nobody says how long
+FILM_S = 10.0  # likewise; today's models make 2 to 8 s
+LEAST_FPS = 5.0  # of a film whose number of frames alone is known
+ANSWER_TOKENS = 20  # of visual question answering, where nobody says how many
+
+
+def nothing(input_: Any, options: Mapping[str, Any]) -> Usage:
+    return {}
+
+
+def completion(input_: Any, options: Mapping[str, Any]) -> Usage:
+    return {"output_tokens": options["max_tokens"] or ANSWER_TOKENS}
+
+
+def seen_completion(input_: Any, options: Mapping[str, Any]) -> Usage:
+    """A completion of a prompt that has pictures in it, each of many tokens."""
+    images = measured(input_).get("images", 0)
+    return {**completion(input_, options), "input_tokens": IMAGE_TOKENS * images}
+
+
+def transcript(input_: Any, options: Mapping[str, Any]) -> Usage:
+    windows = math.ceil(measured(input_)["audio_seconds"] / WHISPER_WINDOW_S)
+    return {"output_tokens": windows * (options["max_tokens"] or WHISPER_TOKENS)}
+
+
+def images(input_: Any, options: Mapping[str, Any]) -> Usage:
+    return {"images": options["num_images"]}
+
+
+def video(input_: Any, options: Mapping[str, Any]) -> Usage:
+    seconds, frames = options["duration"], options["num_frames"]
+    if seconds is None:
+        seconds = FILM_S if frames is None else frames / (options["fps"] or LEAST_FPS)
+    return {"video_seconds": seconds}
+
+
+def speech(input_: Any, options: Mapping[str, Any]) -> Usage:
+    pace = SPOKEN_PER_S * min(options["speed"] or 1.0, 1.0)
+    return {"audio_seconds": 1 + text_size(input_) / pace}
+
+
+def sound(input_: Any, options: Mapping[str, Any]) -> Usage:
+    return {"audio_seconds": options["duration"] or SOUND_S}
+
+
+def most_usage(
+    task: Task, inputs: list[Any], options: Mapping[str, Any], repeat: int = 1
+) -> tuple[int, dict[str, float]]:
+    """How many inputs a model has to run, and the most that they may use.
+
+    ``inputs`` and ``options`` are loaded, and the media read. What one input comes to, as
+    ``Task.expand`` says, are as many inputs, and so is each of several outputs.
+    """
+    count, total = 0, dict[str, float]()
+    for one in inputs:
+        expanded = task.expand(one, options)
+        count += repeat * expanded.sequences * task.outputs(options)
+        extra = EXTRA_TOKENS * max(expanded.sequences, _texts(one))
+        read = expanded.characters * _widest([one, dict(options)]) + extra
+        _add(total, {"input_tokens": read})
+        _add(total, {**measured(one), **task.makes(one, options)})
+    return count, {name: repeat * used for name, used in total.items()}
+
+
+def measured(value: Any) -> dict[str, float]:
+    """The pictures, and the seconds of sounds and films, that an input has."""
+    if isinstance(value, np.ndarray):
+        return {"images": 1}
+    found: dict[str, float] = {}
+    if isinstance(value, dict):
+        if isinstance(value.get("samples"), np.ndarray):
+            return {"audio_seconds": len(value["samples"]) / value["rate"]}
+        if isinstance(value.get("frames"), np.ndarray):
+            return {"video_seconds": len(value["frames"]) / value["fps"]}
+        value = list(value.values())
+    for one in value if isinstance(value, list) else []:
+        _add(found, measured(one))
+    return found
+
+
+def _add(total: dict[str, float], more: Usage) -> None:
+    for name, count in more.items():
+        total[name] = total.get(name, 0) + count
+
+
+def _widest(value: Any) -> int:
+    """The bytes of the widest character of all texts; no tokenizer makes more tokens of one."""
+    if isinstance(value, str):
+        return 1 if value.isascii() else len(max(value).encode())
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return max(map(_widest, value), default=1) if isinstance(value, list) else 1
+
+
+def _texts(value: Any) -> int:
+    """How many texts and objects there are in a value, such as messages and their contents."""
+    if isinstance(value, dict):
+        return 1 + sum(map(_texts, value.values()))
+    if isinstance(value, list):
+        return sum(map(_texts, value))
+    return 1 if isinstance(value, str) else 0
