@@ -143,6 +143,8 @@ class ContinuousBatch:
         Who has the fewest texts here goes first, and then who has waited longest. One that is too
         large for now is overtaken for ``AGE_BOUND_S`` at most.
         """
+        if not self._waiting:
+            return
         admitted: list[tuple[int, Text, Prefix | None]] = []
         running = Counter(text.caller for text in self._texts)
         may = list(self._waiting)

@@ -119,7 +119,9 @@ class Turns:
         while not waiter.called.wait(CHECK_S):
             with self._lock:
                 late = time.monotonic() - self._since >= OVERDUE_S
-                if late and self._holder is not None and self._line[0] is waiter:
+                if waiter.called.is_set():
+                    return
+                if late and self._line[0] is waiter and self._holder is not None:
                     self._overdue.add(self._holder)
                     self._hand_over()
 
