@@ -94,7 +94,7 @@ def send_head(port, length):
     """A request of which only the head is sent; its connection."""
     connection = socket.create_connection(("127.0.0.1", port), 30)
     connection.sendall(
-        b"POST /crane/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /crane/run HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n" % length
     )
     return connection
