@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from backend.errors import MAX_FAULTS, CraneError, InvalidRequest, NotAcceptable
 from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
+from backend.receipts import common, facts, rounded
 from backend.registry import Registry
 from backend.schemas import UNCHECKED, load
 from backend.tasks import TASKS, Task
@@ -346,26 +346,3 @@ def draw_seeds(task: Task, options: dict[str, Any], count: int) -> list[int] | N
         options["seed"] = secrets.randbelow(MAX_SEED + 1)
     step = task.outputs(options)
     return [(options["seed"] + index * step) % (MAX_SEED + 1) for index in range(count)]
-
-
-def common(applied: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the model chose for options that were left to it, where all inputs agree."""
-    first = applied[0]
-    return {name: first[name] for name in first if all(one[name] == first[name] for one in applied)}
-
-
-def facts(answer: Answer, *, batched: bool) -> dict[str, Any]:
-    """What an answer tells of its outputs, in lists for a batch, and its ``usage``."""
-    told: dict[str, Any] = {}
-    for name in sorted({name for facts in answer.facts for name in facts}):
-        values = [facts.get(name) for facts in answer.facts]
-        told[name] = values if batched else values[0]
-    usage: Counter[str] = Counter()
-    for counts in answer.usage:
-        usage.update(counts)
-    told["usage"] = dict(usage)
-    return told
-
-
-def rounded(values: Mapping[str, float], digits: int = 2) -> dict[str, float]:
-    return {name: round(value, digits) for name, value in values.items()}

@@ -53,6 +53,7 @@ LAYERS = [
     ["backend.registry"],
     ["backend.adapters.*"],
     ["backend.engine.*"],
+    ["backend.receipts"],
     ["backend.models"],
     ["backend.visibility"],
     ["backend.openai.*"],
