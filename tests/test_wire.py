@@ -252,6 +252,14 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("wrong", [name for name in WRONG if "array" in name or "exten" in name])
+def test_no_array_and_no_file_is_believed(wrong):
+    with pytest.raises(BadMessage):
+        unpack([WRONG[wrong]])
+    with pytest.raises(BadMessage):
+        unpack([b"\x91" + WRONG[wrong], bytes(BESIDE)])
+
+
 def ends(config, data, *, half=False):
     """Send bytes; return once the engine has closed the connection, or has had them all."""
     with socket.socket(socket.AF_UNIX) as end:
