@@ -164,10 +164,11 @@ def test_a_decoder_has_no_secret_of_ours_and_all_cores(decoders, begun, monkeypa
 ORPHAN = """
 import sys, time
 from backend.media.decoders import Caller, Decoders
-from tests.test_decoders import SLOW, PNG, MEMORY
+from tests.hostile import jpeg_of_scans
+from tests.pictures import picture, written
 def claim(pixels): print("decoding", flush=True)
-decoders = Decoders(memory=MEMORY, max_message=2**30)
-data = SLOW if sys.argv[1] == "busy" else PNG
+decoders = Decoders(memory=2**31, max_message=2**30)
+data = jpeg_of_scans(99, 16384, 16384) if sys.argv[1] == "busy" else written(picture(64, 48))
 while True:
     decoders.decode("image", data, claim=claim, caller=Caller(time.monotonic() + 60),
                     mode="RGB", mime_type=None)
@@ -188,7 +189,7 @@ def test_no_decoder_outlives_the_process_that_started_it(state):
         [decoder] = psutil.Process(parent.pid).children()
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait(20)
-        gone, _ = psutil.wait_procs([decoder], 10)
+        gone, _ = psutil.wait_procs([decoder], 5)  # the file takes longer
         assert gone
 
 
