@@ -27,7 +27,7 @@ from backend.media.parts import AudioField, ImageField, Source
 from backend.media.reader import MediaReader
 from tests.hostile import jpeg_of_scans, sound
 from tests.pictures import base64_of, picture, written
-from tests.serving import ROOT, wait_for
+from tests.serving import ROOT, wait_for, wait_for_end
 
 PNG = written(picture(64, 48))
 SLOW = jpeg_of_scans(99, 8192, 4096)  # some seconds of work, and within every bound
@@ -189,8 +189,7 @@ def test_no_decoder_outlives_the_process_that_started_it(state):
         [decoder] = psutil.Process(parent.pid).children()
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait(20)
-        gone, _ = psutil.wait_procs([decoder], 5)  # the file takes longer
-        assert gone
+        assert wait_for_end([decoder], 5) == []  # the file takes longer
 
 
 class Gates:
