@@ -32,7 +32,7 @@ RAW = {
 
 
 class Stub(Adapter):
-    loads_alone = False
+    loads_alone, libraries = False, ()
     output: object = None
 
     def load(self):
