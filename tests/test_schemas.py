@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -86,11 +87,15 @@ def as_tool(schema):
 
 def processes():
     """The processes of this one that try schemas out."""
-    return [
-        child
-        for child in psutil.Process().children()
-        if child.status() != psutil.STATUS_ZOMBIE and "backend.schema_process" in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            if (
+                "backend.schema_process" in child.cmdline()
+                and child.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(child)
+    return found
 
 
 @pytest.mark.parametrize(

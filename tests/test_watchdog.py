@@ -87,7 +87,7 @@ def test_a_model_that_hangs_is_given_up_and_comes_back_with_its_thread(hanging, 
     for _ in range(2):
         answer = run(client, "hangs")
         assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
-    assert run(client).status_code == 200
+    wait_for(lambda: run(client).status_code == 200)  # it may have to load
     gate.set()
     wait_for(lambda: run(client, "hangs").status_code == 200)
     assert client.get("/readyz").status_code == 200
