@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit
+from backend.adapters.chat_template import (
+    ChatTemplate,
+    as_templates_have_it,
+    does_not_suit,
+    ends_of,
+    told,
+)
 from backend.adapters.generation import CausalGenerator
 from backend.adapters.grammar import Form
 from backend.errors import InvalidRequest
@@ -28,9 +34,15 @@ class Chat(CausalGenerator):
         import jinja2
 
         extra = self._template.extra(value, options)
+        messages = value["messages"]
+        text = told(messages)
+        if len(part := self.readable(text)) < len(text):
+            if not options["truncate"]:
+                raise self.too_long(len(self.tokenizer(part, verbose=False)["input_ids"]))
+            messages = ends_of(messages, len(part))
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(
-                [as_templates_have_it(message) for message in value["messages"]],
+                [as_templates_have_it(message) for message in messages],
                 add_generation_prompt=True,
                 return_dict=False,
                 # What a caller writes is text, also where it looks like the end of a message.

@@ -93,3 +93,32 @@ def as_templates_have_it(message: dict[str, Any]) -> dict[str, Any]:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+def told(messages: list[dict[str, Any]]) -> str:
+    """All that is said in messages, in order, but for thinking, which templates leave out."""
+    return "\n".join(map(_said, messages))
+
+
+def _said(message: dict[str, Any]) -> str:
+    content = message.get("content", "")
+    if not isinstance(content, str):
+        content = "\n".join(part["text"] for part in content if part["type"] == "text")
+    if message["role"] == "assistant":
+        content = content.rpartition("</think>")[2]
+    return str(content.strip())
+
+
+def ends_of(messages: list[dict[str, Any]], characters: int) -> list[dict[str, Any]]:
+    """Messages that say no more than the last so many ``characters`` of ``told``.
+
+    For a prompt of which the end alone is read.
+    """
+    shortened = []
+    for message in reversed(messages):
+        text = _said(message)
+        if len(text) > characters:
+            message = {**message, "content": text[len(text) - max(characters, 0) :]}
+        characters -= len(text) + 1
+        shortened.append(message)
+    return shortened[::-1]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters import footprint
-from backend.adapters.base import Batch, Entry, Feed, Prediction
+from backend.adapters.base import Batch, Entry, Feed, Prediction, too_late
 from backend.adapters.completion import Completion
 from backend.adapters.continuous import ContinuousBatch, Text
 from backend.adapters.decoding import Ending, Sampling, sampling
@@ -52,7 +52,7 @@ class Generator(TransformersAdapter):
 
     def encode(self, value: Any, options: Mapping[str, Any], **how: Any) -> list[int]:
         """An input's tokens; raises ``InvalidRequest``."""
-        ids: list[int] = self.tokenizer(value, verbose=False, **how)["input_ids"]
+        ids: list[int] = self.tokenizer(self.readable(value), verbose=False, **how)["input_ids"]
         return ids
 
     def longest_prompt(self, options: Mapping[str, Any]) -> int:
@@ -71,6 +71,9 @@ class Generator(TransformersAdapter):
         prompts: dict[int, list[int]] = {}
         cut: set[int] = set()
         for index, value in enumerate(batch.inputs):
+            if batch.cancelled(index):
+                results[index] = too_late()
+                continue
             read = self.read(value, batch.options)
             if isinstance(read, CraneError):
                 results[index] = read
@@ -283,6 +286,8 @@ class CausalGenerator(Generator):
 
     def _begin(self, entry: Entry) -> Text | CraneError | Future[Grammar]:
         """Make of an input what is to be written for it, or wait for its grammar."""
+        if entry.cancelled():
+            return too_late()
         options = entry.options
         try:
             form = self.form(entry.input, options)

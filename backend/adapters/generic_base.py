@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from backend.adapters.long_texts import or_more, readable
 from backend.adapters.transformers_base import model_window
 from backend.errors import InvalidRequest
 
@@ -16,9 +17,14 @@ def check_labels(pipeline: Any, sentences: list[str]) -> None:
     window = model_window(pipeline.model, pipeline.tokenizer)
     if window is None:
         return
-    tokens = [count_tokens(pipeline, sentence) for sentence in sentences]
+    tokens = [
+        count_tokens(pipeline, readable(sentence, window, pipeline.tokenizer))
+        for sentence in sentences
+    ]
     faults = {
-        f"input.labels[{place}]": f"has {count} tokens and the model's window is {window}"
+        f"input.labels[{place}]": (
+            f"has {or_more(count, window)} tokens and the model's window is {window}"
+        )
         for place, count in enumerate(tokens)
         if count > window
     }

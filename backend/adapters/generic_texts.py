@@ -9,12 +9,14 @@ from typing import Any
 
 from backend.adapters.generic_base import Answer, count_tokens
 from backend.adapters.generic_pictures import picture
+from backend.adapters.long_texts import or_more, readable
 from backend.adapters.transformers_base import model_window, too_long
 from backend.errors import InvalidRequest
 
 
 def text_features(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
     window = model_window(pipeline.model, pipeline.tokenizer)
+    value = readable(value, window, pipeline.tokenizer)
     tokens = count_tokens(pipeline, value)
     if window is None or tokens <= window:
         return pipeline(value, return_tensors=True)[0], {}
@@ -40,9 +42,11 @@ def ask_document(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answe
     if window is not None:
         # Beside the question, a part of the words must go in that goes past the last part's end.
         special = pipeline.tokenizer.num_special_tokens_to_add(pair=True)
-        bare = len(pipeline.tokenizer(value["question"], add_special_tokens=False)["input_ids"])
+        question = readable(value["question"], window, pipeline.tokenizer)
+        bare = len(pipeline.tokenizer(question, add_special_tokens=False)["input_ids"])
         if bare > (most := window - special - stride - 1):
-            fault = f"has {bare} tokens and the model reads {most} of a question; shorten it"
+            count = or_more(bare, window)
+            fault = f"has {count} tokens and the model reads {most} of a question; shorten it"
             raise InvalidRequest.of({"input.question": fault})
     if words is not None:
         asked["word_boxes"] = [
@@ -94,6 +98,7 @@ def _rows_that_fit(
         fault = f"must have {tokenizer.max_column_id - 1} items at most for this model"
         raise InvalidRequest.of({"input.table.columns": f"{fault}, not {len(columns)}"})
     window = model_window(pipeline.model, tokenizer) or 0
+    question = readable(question, window, tokenizer, tokenize=tokenizer.tokenize)
     tokens = least = asked = len(tokenizer.tokenize(question)) + 2
     kept = -1  # the columns' names are a row too
     for row in [columns, *rows[: tokenizer.max_row_id - 1]]:
@@ -126,10 +131,12 @@ def decide(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
         elif kind == "score":
             asked["criteria"] = choices
         questions[question["name"]] = asked
-    inputs = pipeline.preprocess({"state": value["state"], "questions": questions})
     window = model_window(pipeline.model, pipeline.tokenizer)
+    part = readable(value["state"], window, pipeline.tokenizer)
+    inputs = pipeline.preprocess({"state": part, "questions": questions})
     tokens = max(prompt["input_ids"].shape[-1] for prompt, _ in inputs["prompts"])
     if window is not None and tokens > window:
-        fault = f"has {tokens} tokens with its longest question and the model's window is {window}"
+        count = or_more(tokens, window)
+        fault = f"has {count} tokens with its longest question and the model's window is {window}"
         raise InvalidRequest.of({"input.state": f"{fault}; shorten it"})
     return pipeline.postprocess(pipeline.forward(inputs)), {}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.numbers import check_numbers
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -43,13 +43,19 @@ class PipelineAdapter(TransformersAdapter):
         super().unload()
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
-        texts = [self.text(value) for value in batch.inputs]
+        whole = [self.text(value) for value in batch.inputs]
+        texts = [
+            "" if batch.cancelled(index) else self.readable(text)
+            for index, text in enumerate(whole)
+        ]
         tokens = self.count_tokens(texts)
         results: dict[int, Prediction | CraneError] = {}
         run: list[int] = []
         for index, count in enumerate(tokens):
             over = self.window is not None and count > self.window
-            if fault := self.fault(texts[index], batch.options):
+            if batch.cancelled(index):
+                results[index] = too_late()
+            elif fault := self.fault(texts[index], whole[index], batch.options):
                 results[index] = fault
             elif over and not batch.options["truncate"]:
                 results[index] = self.too_long(count)
@@ -65,8 +71,8 @@ class PipelineAdapter(TransformersAdapter):
     def text(self, value: str) -> str:
         return value
 
-    def fault(self, text: str, options: dict[str, Any]) -> CraneError | None:
-        """Why the model cannot take a text, if it cannot."""
+    def fault(self, text: str, whole: str, options: dict[str, Any]) -> CraneError | None:
+        """Why the model cannot take a text, the beginning of the ``whole``, if it cannot."""
         return None
 
     def run(self, texts: list[str], options: dict[str, Any]) -> Sequence[Any]:
@@ -129,7 +135,7 @@ class MaskFiller(PipelineAdapter):
         mask: str = self.tokenizer.mask_token
         return re.sub(r"\[MASK\]|<mask>", lambda _: mask, value)
 
-    def fault(self, text: str, options: dict[str, Any]) -> CraneError | None:
+    def fault(self, text: str, whole: str, options: dict[str, Any]) -> CraneError | None:
         # A mask past the window would be cut off, so it has to be within.
         ids = self.tokenizer(text, truncation=self.window is not None, verbose=False)["input_ids"]
         masks = ids.count(self.tokenizer.mask_token_id)
@@ -138,7 +144,7 @@ class MaskFiller(PipelineAdapter):
             return InvalidRequest.of({"input": f"{fault} guesses; lower either"})
         if masks:
             return None
-        where = "" if self.tokenizer.mask_token not in text else " within the model's window"
+        where = "" if self.tokenizer.mask_token not in whole else " within the model's window"
         return InvalidRequest.of({"input": f"must have a mask, written [MASK]{where}"})
 
     def run(self, texts: list[str], options: dict[str, Any]) -> Sequence[Any]:

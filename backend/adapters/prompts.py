@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backend.adapters.diffusers_base import DiffusersAdapter
+from backend.adapters.long_texts import or_more, readable
 from backend.errors import InvalidRequest
 
 NOT_ASKED = "is not something this model can be asked"
@@ -50,8 +51,9 @@ class PromptedAdapter(DiffusersAdapter):
             window = tokenizer.model_max_length
             if "CLIP" not in type(tokenizer).__name__ and "max_sequence_length" in self.parameters:
                 window = self.parameters["max_sequence_length"].default
-            lengths.append((window, len(tokenizer(text, verbose=False)["input_ids"])))
+            part = readable(text, window, tokenizer)
+            lengths.append((window, len(tokenizer(part, verbose=False)["input_ids"])))
         window, tokens = max(lengths, default=(0, 0))
         if tokens > window:
-            fault = f"has {tokens} tokens and the model reads {window}; "
+            fault = f"has {or_more(tokens, window)} tokens and the model reads {window}; "
             raise InvalidRequest.of({at: f"{fault}shorten it, or set options.truncate to true"})

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
+from backend.adapters.long_texts import or_more
 from backend.adapters.numbers import check_numbers
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest
@@ -28,12 +29,16 @@ class QuestionAnswerer(TransformersAdapter):
 
         results: dict[int, Prediction | CraneError] = {}
         run: list[int] = []
-        lengths = self.count_tokens([value["question"] for value in batch.inputs])
-        for index, length in enumerate(lengths):
+        questions = [self.readable(value["question"]) for value in batch.inputs]
+        for index, length in enumerate(self.count_tokens(questions)):
+            if batch.cancelled(index):
+                results[index] = too_late()
+                continue
             # Half the window at least is for the context.
             if self.window is not None and length > self.window // 2:
                 most = self.window // 2
-                fault = f"has {length} tokens and may have {most} with this model; shorten it"
+                count = or_more(length, self.window)
+                fault = f"has {count} tokens and may have {most} with this model; shorten it"
                 results[index] = InvalidRequest.of({"input.question": fault})
             else:
                 run.append(index)

@@ -7,6 +7,7 @@ from typing import Any
 
 from backend.adapters.base import Adapter, Batch, Prediction
 from backend.adapters.hub import pick_device
+from backend.adapters.long_texts import readable
 from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet, too_long
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
@@ -39,6 +40,11 @@ class SentenceTransformersAdapter(Adapter):
 
     def unload(self) -> None:
         del self.model
+
+    def readable(self, text: str) -> str:
+        """A text, or as much of a long one as tells that it does not fit; see ``long_texts``."""
+        tokenizer = self.model.tokenizer
+        return readable(text, self.window, tokenizer, from_end=tokenizer.truncation_side == "left")
 
     def forward(self, inputs: list[Any]) -> tuple[dict[str, Any], list[int]]:
         """Run the model once on all inputs; return its outputs and each input's tokens."""
@@ -79,12 +85,16 @@ class Embedder(SentenceTransformersAdapter):
         wanted, width = batch.options["dimensions"], self.model.get_embedding_dimension()
         if wanted is not None and width is not None and wanted > width:
             return [_too_wide(wanted, width)] * len(batch)
-        outputs, tokens = self.forward(batch.inputs)
+        inputs = [
+            "" if batch.cancelled(place) else self.readable(text)
+            for place, text in enumerate(batch.inputs)
+        ]
+        outputs, tokens = self.forward(inputs)
         vectors = outputs["sentence_embedding"].float()[:, :wanted]
         if batch.options["normalize"]:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
         rows = vectors.cpu().numpy()
-        cut = self.overlong(batch.inputs, tokens)
+        cut = self.overlong(inputs, tokens)
         truncate = batch.options["truncate"]
         return [
             too_long(cut[index], self.window)
@@ -109,8 +119,9 @@ class Reranker(SentenceTransformersAdapter):
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         asked = [
-            (place, [value["query"], document])
+            (place, [query, document])
             for place, value in enumerate(batch.inputs)
+            for query in [self.readable(value["query"])]
             for document in value["documents"]
         ]
         owners, pairs = [place for place, _ in asked], [pair for _, pair in asked]
@@ -119,7 +130,7 @@ class Reranker(SentenceTransformersAdapter):
         scores, tokens, cut = [0.0] * len(pairs), [0] * len(pairs), dict[int, int]()
         for share in batch.shares([owners[i] for i in order], self.spec.max_batch_size):
             indices = [order[i] for i in share]
-            some = [pairs[i] for i in indices]
+            some = [[pairs[i][0], self.readable(pairs[i][1])] for i in indices]
             outputs, counts = self.forward(some)
             values = self._activate(outputs["scores"])
             for i, score, count in zip(indices, values, counts, strict=True):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from backend.adapters.long_texts import readable
 from backend.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class SoundModel(ABC):
         return 0
 
     def prompt(self, text: str, options: dict[str, Any]) -> Prompt:
+        text = readable(text, self.window, self.tokenizer)
         ids = self.encode(text)
         if self.window is None or len(ids) <= self.window:
             return Prompt(text, ids, len(ids), cut=False)

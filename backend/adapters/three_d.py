@@ -11,6 +11,7 @@ import numpy as np
 
 from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.diffusers_base import DiffusersAdapter
+from backend.adapters.long_texts import or_more, readable
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
 
@@ -54,7 +55,7 @@ class MeshMaker(DiffusersAdapter):
         prompt, options = batch.inputs[place], batch.options
         tokens, window = self._tokens(prompt)
         if tokens > window and not options["truncate"]:
-            fault = f"has {tokens} tokens and the model reads {window}; "
+            fault = f"has {or_more(tokens, window)} tokens and the model reads {window}; "
             return InvalidRequest.of(
                 {"input": f"{fault}shorten it, or set options.truncate to true"}
             )
@@ -83,8 +84,9 @@ class MeshMaker(DiffusersAdapter):
 
     def _tokens(self, prompt: str) -> tuple[int, int]:
         tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
-        return len(ids), int(tokenizer.model_max_length)
+        window = int(tokenizer.model_max_length)
+        ids = tokenizer(readable(prompt, window, tokenizer), verbose=False)["input_ids"]
+        return len(ids), window
 
     @contextmanager
     def _watched(self, batch: Batch, place: int) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from backend.adapters.base import Adapter
 from backend.adapters.hub import pick_device
+from backend.adapters.long_texts import or_more, readable
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
 from backend.errors import InvalidRequest
@@ -50,6 +51,11 @@ class TransformersAdapter(Adapter):
     def unload(self) -> None:
         del self.model, self.tokenizer
 
+    def readable(self, text: str) -> str:
+        """A text, or as much of a long one as tells that it does not fit; see ``long_texts``."""
+        from_end = self.tokenizer.truncation_side == "left"
+        return readable(text, self.window, self.tokenizer, from_end=from_end)
+
     def count_tokens(self, texts: list[str], pairs: list[str] | None = None) -> list[int]:
         encoded = self.tokenizer(texts, pairs, add_special_tokens=True, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
@@ -62,7 +68,7 @@ def too_long(tokens: int, window: int, what: str = "input") -> InvalidRequest:
     """The refusal of an input that does not fit the model's window."""
     return InvalidRequest.of(
         {
-            what: f"has {tokens} tokens and the model's window is {window}; "
+            what: f"has {or_more(tokens, window)} tokens and the model's window is {window}; "
             "shorten it, or set options.truncate to true"
         }
     )

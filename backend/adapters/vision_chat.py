@@ -9,7 +9,8 @@ from typing import Any
 import orjson
 
 from backend.adapters.base import Batch, Prediction, too_late
-from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit
+from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit, told
+from backend.adapters.long_texts import or_more
 from backend.adapters.vision_base import as_picture, of_one_shape, stack
 from backend.adapters.vision_text import PICTURE_TOKENS, PictureWriter
 from backend.errors import CraneError, InvalidRequest
@@ -96,6 +97,9 @@ class PictureChat(PictureWriter):
             if mark := next((mark for mark in self._places if mark in text), None):
                 fault = f"has {mark}, which this model reads as the place of a picture"
                 raise InvalidRequest.of({at: fault})
+        text = told(messages)
+        if self.window is not None and len(part := self.readable(text)) < len(text):
+            raise self._too_long(len(self.tokenizer(part, verbose=False)["input_ids"]))
         pictures = [as_picture(part["image"], f"{at}.image") for at, part in _pictures(messages)]
         try:
             features = self._encode(messages, pictures, extra)
@@ -108,9 +112,14 @@ class PictureChat(PictureWriter):
             raise InvalidRequest.of({"input.messages": fault}) from None
         tokens = features["input_ids"].shape[1]
         if self.window is not None and tokens >= self.window:
-            fault = f"have {tokens} tokens with their pictures, and the model's window is "
-            raise InvalidRequest.of({"input.messages": f"{fault}{self.window}; shorten them"})
+            raise self._too_long(tokens)
         return features
+
+    def _too_long(self, tokens: int) -> InvalidRequest:
+        assert self.window is not None
+        count = or_more(tokens, self.window)
+        fault = f"have {count} tokens with their pictures, and the model's window is {self.window}"
+        return InvalidRequest.of({"input.messages": f"{fault}; shorten them"})
 
     def _encode(
         self, messages: list[dict[str, Any]], pictures: list[Any], extra: dict[str, Any]

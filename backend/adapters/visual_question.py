@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.decoding import leaving
 from backend.adapters.numbers import scored_in_numbers
 from backend.adapters.transformers_base import TransformersAdapter
@@ -51,6 +51,9 @@ class VisualQuestionAnswerer(TransformersAdapter):
         results: dict[int, Prediction | CraneError] = {}
         features: dict[int, dict[str, Any]] = {}
         for place, value in enumerate(batch.inputs):
+            if batch.cancelled(place):
+                results[place] = too_late()
+                continue
             try:
                 text, results[place] = self._question(value["question"], batch.options["truncate"])
                 picture = as_picture(value["image"], "input.image")
@@ -77,6 +80,7 @@ class VisualQuestionAnswerer(TransformersAdapter):
 
     def _question(self, question: str, truncate: bool) -> tuple[dict[str, Any], Prediction]:
         """A question's features, and its prediction still without output."""
+        question = self.readable(question)
         [tokens] = self.count_tokens([question])
         window = self.window or tokens
         if tokens > window and not truncate:

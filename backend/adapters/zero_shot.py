@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
@@ -40,12 +40,16 @@ class ZeroShotClassifier(TransformersAdapter):
         owners: list[int] = []
         for place, value in enumerate(batch.inputs):
             # Not str.format, which would follow a template's {0.__class__} into our objects.
+            if batch.cancelled(place):
+                results.append(too_late())
+                continue
             template = batch.options["hypothesis_template"]
-            hypotheses = [template.replace("{}", label) for label in value["labels"]]
-            result = self._fit(value["text"], hypotheses, batch.options["truncate"])
+            hypotheses = [self.readable(template.replace("{}", label)) for label in value["labels"]]
+            text = self.readable(value["text"])
+            result = self._fit(text, hypotheses, batch.options["truncate"])
             results.append(result)
             if isinstance(result, Prediction):
-                pairs += [(value["text"], hypothesis) for hypothesis in hypotheses]
+                pairs += [(text, hypothesis) for hypothesis in hypotheses]
                 owners += [place] * len(hypotheses)
         if not pairs:
             return results

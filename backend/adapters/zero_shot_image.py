@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from backend.adapters.base import Batch, Prediction
+from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.adapters.vision_base import as_picture, of_one_shape, process, stack
 from backend.errors import CraneError, InvalidRequest
@@ -53,7 +53,10 @@ class ZeroShotImageClassifier(TransformersAdapter):
         # Not str.format, which would follow a template's {0.__class__} into our objects.
         template = batch.options["hypothesis_template"]
         for place, value in enumerate(batch.inputs):
-            texts = [template.replace("{}", label) for label in value["labels"]]
+            if batch.cancelled(place):
+                results[place] = too_late()
+                continue
+            texts = [self.readable(template.replace("{}", label)) for label in value["labels"]]
             try:
                 result = self._fit(texts, batch.options["truncate"])
                 picture = as_picture(value["image"], "input.image")
