@@ -140,8 +140,8 @@ def test_100_callers_who_leave_amid_generation_leave_the_model_idle(server):
     wait_for(lambda: not running(server, "t5") and not queued(server, "t5"))
     wait_for(lambda: sum(since(before, stopped(server, "t5"))) == 100)
     wait_for(lambda: quota(server)[0] == 0, AT_ONCE_S)
-    # Those that never ran have paid a unit; who left last may have begun for a moment.
-    assert left - 100 * PRICE <= quota(server)[1] <= left - 32 * PRICE - 68
+    # Those that never ran have paid a unit; the first may have run alone, and others begun since.
+    assert left - 100 * PRICE <= quota(server)[1] <= left - PRICE - 99
     assert server.run("t5", PROMPT, options={"max_tokens": 3}, timeout_s=10)[0] == 200
 
 
