@@ -6,10 +6,12 @@ them has drained. The master itself imports no model library and never touches a
 
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,9 @@ from backend.registry import Registry
 from backend.server.worker import Worker
 
 HERE = Path(__file__).resolve().parent
+# Before a supervisor that has died is started anew, growing where it dies again and again.
+SUPERVISOR_PAUSE_S, MAX_SUPERVISOR_PAUSE_S = 0.5, 30.0
+SUPERVISOR_END_S = 60.0  # above its own limits, so that it is killed only when stuck
 
 os.environ.setdefault("CRANE_ENGINE", "process")
 
@@ -102,14 +107,55 @@ def when_ready(server):
         write_private(
             settings.engine_file, "{CRANE_DEVICES}\n{CRANE_ENGINE_SOCKET}".format(**os.environ)
         )
-        _supervisor = subprocess.Popen(
-            [sys.executable, "-m", "backend.engine.supervisor"],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C is for the HTTP workers, which drain first
-            env=with_path(os.environ),
-            pass_fds=(_lock,),  # engines live in the folder, and may outlive a killed master
-        )
+        _supervisor = start_supervisor()
+        keep_supervised(server)
     greet(server)
+
+
+def start_supervisor():
+    return subprocess.Popen(
+        [sys.executable, "-m", "backend.engine.supervisor"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is for the HTTP workers, which drain first
+        env=with_path(os.environ),
+        pass_fds=(_lock,),  # engines live in the folder, and may outlive a killed master
+    )
+
+
+def keep_supervised(server):
+    """Have the master's loop start another supervisor where the one that there is has died.
+
+    Its engines end by themselves when it does, and the next ones wait for that.
+    """
+    manage_workers = server.manage_workers
+    started_at, pause_s = time.monotonic(), SUPERVISOR_PAUSE_S
+
+    def manage():
+        global _supervisor
+        nonlocal started_at, pause_s
+        manage_workers()
+        if lives(_supervisor) or time.monotonic() < started_at + pause_s:
+            return
+        steady = time.monotonic() - started_at > MAX_SUPERVISOR_PAUSE_S
+        pause_s = SUPERVISOR_PAUSE_S if steady else min(2 * pause_s, MAX_SUPERVISOR_PAUSE_S)
+        started_at = time.monotonic()
+        server.log.error("The engines' supervisor died; starting another")
+        _supervisor.stdin.close()
+        try:
+            _supervisor = start_supervisor()
+        except OSError as error:
+            server.log.error("It cannot be started: %s", error)
+
+    server.manage_workers = manage
+
+
+def lives(process):
+    """Whether a process reads its standard input still: the master's loop takes exit statuses."""
+    if process.stdin.closed:
+        return False
+    lifeline = select.poll()
+    lifeline.register(process.stdin, 0)  # what is told anyway: that nobody can read
+    return not lifeline.poll(0)
 
 
 def greet(server):
@@ -172,7 +218,7 @@ def post_fork(server, worker):
     if worker.core is not None and settings.engine == "process":
         stay_on(worker.core)
     # The lifeline is the master's alone: a worker that outlives it must not hold it open.
-    if _supervisor is not None:
+    if _supervisor is not None and not _supervisor.stdin.closed:
         os.close(_supervisor.stdin.fileno())
 
 
@@ -185,7 +231,10 @@ def child_exit(server, worker):
 def on_exit(server):
     if _supervisor is not None:
         _supervisor.stdin.close()
-        _supervisor.wait()
+        try:
+            _supervisor.wait(SUPERVISOR_END_S)
+        except subprocess.TimeoutExpired:
+            _supervisor.kill()
     if _sockets is not None:
         with suppress(OSError):
             if str(_sockets) in settings.engine_file.read_text():

@@ -17,13 +17,13 @@ import pytest
 
 from backend.adapters.echo import Echo
 from backend.config import Config, cores
-from backend.engine import placement
+from backend.engine import file_lock, placement
 from backend.engine.calls import ModelStatus, State
 from backend.engine.client import EngineClient
 from backend.engine.engine import Engine
 from backend.engine.placement import Placement
 from backend.engine.status import nowhere, together
-from backend.errors import ModelLoading, OutOfMemory
+from backend.errors import ModelLoading, ModelUnavailable, OutOfMemory
 from backend.registry import Registry
 from tests.conftest import ECHO, MINILM, write_models
 from tests.serving import ROOT, wait_for
@@ -114,6 +114,21 @@ def test_a_worker_that_has_not_looked_lately_does_before_it_places_a_model(two_w
         with second.place(registry.get(name), 1) as door:
             assert door is doors["ab".index(name)]
     assert [door.orders for door in doors] == [[("prepare", "a")], [("prepare", "b")]]
+
+
+def test_a_process_that_stops_while_it_places_a_model_keeps_nobody_waiting_for_ever(
+    two_workers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(placement, "LOCK_S", 0.2)
+    registry, doors, (first, second) = two_workers
+    with file_lock.held(tmp_path / "lock", 1):
+        for order in (first.load, first.unload):
+            with pytest.raises(ModelUnavailable, match="Another process"):
+                order(registry.get("a"))
+        with second.place(registry.get("a"), 1) as door:  # a call goes where there is an engine
+            assert door in doors
+    first.load(registry.get("a"))
+    assert sum(len(door.orders) for door in doors) == 1
 
 
 def test_no_model_has_more_copies_than_it_may_and_a_loading_one_waits_its_turn(

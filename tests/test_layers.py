@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,12 @@ def test_model_libraries_are_imported_only_where_weights_load(module):
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"backend.engine.libraries"}))
 def test_nobody_else_looks_for_modules_that_may_be_half_imported(module):
     assert "sys.modules" not in MODULES[module].read_text()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nobody_seeds_the_random_state_that_all_models_share(module):
+    source = MODULES[module].read_text()
+    assert not re.search(r"(?<!`)torch(\.cuda)?\.manual_seed\(|set_seed\(|fork_rng", source)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +21,15 @@ import psutil
 import pytest
 
 from backend import cores
-from backend.engine import wire
+from backend.config import Config
+from backend.engine import file_lock, wire
 from backend.engine.calls import Call
+from backend.engine.remote import RemoteEngine
+from backend.errors import ModelUnavailable
 from backend.media import audio, images, video
 from tests.conftest import ECHO, MINILM
 from tests.pictures import base64_of, picture
+from tests.serving import ROOT, wait_for
 
 CORES = cores.allowed()
 
@@ -141,15 +147,60 @@ def test_when_the_master_is_killed_nothing_is_left(gunicorn):
     assert not alive
 
 
-def test_when_the_supervisor_is_killed_its_engine_goes_with_it(gunicorn):
-    server = gunicorn()
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"], ids=["one", "several"])
+def test_when_the_supervisor_is_killed_another_one_takes_over(gunicorn, devices):
+    server = gunicorn(CRANE_DEVICES=devices)
     server.run()
-    engine = server.engine()
+    for _ in range(2):
+        supervisor, *_ = server.processes("backend.engine.supervisor")
+        engines = server.processes("backend.engine.server")
+        assert len(engines) == len(devices.split(","))
+        supervisor.kill()
+        assert not psutil.wait_procs([supervisor, *engines], timeout=20)[1]
+        wait_for(lambda: server.get("/readyz")[0] == 200, timeout_s=30)
+        wait_for(lambda: server.run(input="again")[0] == 200, timeout_s=30)
+        assert len(server.processes("backend.engine.supervisor")) == 1
+    # `server.stop` finds that nothing is left.
+
+
+def test_a_call_ends_though_the_supervisor_is_killed(gunicorn):
+    server = gunicorn()
+    [call] = in_flight(server, input="in flight", options={"delay_ms": 3000})
     server.processes("backend.engine.supervisor")[0].kill()
-    assert not psutil.wait_procs([engine], timeout=15)[1]
-    status, body = server.get("/readyz")
-    assert status == 503
-    assert body["reasons"] == ["The engine is not running."]
+    assert call.result(20)[1]["output"] == "in flight"
+    wait_for(lambda: server.run(input="again")[1].get("output") == "again", timeout_s=30)
+
+
+def test_an_engine_that_does_not_end_is_killed_by_the_next_one(tmp_path):
+    lock = tmp_path / "engine.sock.lock"
+    code = (
+        "import sys, time; from pathlib import Path; from backend.engine import file_lock\n"
+        "mine = file_lock.succeed(Path(sys.argv[1]), 0.1); print('mine', flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, lock], cwd=ROOT, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout.readline() == b"mine\n"
+        with file_lock.succeed(lock, 0.1):
+            assert lock.read_text() == str(os.getpid())
+        assert first.wait(20) == -signal.SIGKILL
+
+
+def test_nobody_waits_for_ever_for_an_engine_that_accepts_no_one(tmp_path):
+    config = Config(data_dir=tmp_path, engine_socket=tmp_path / "engine.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(config.engine_sockets[0]))
+        listener.listen(0)
+        others = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for other in others:
+            other.setblocking(False)
+            with suppress(BlockingIOError):
+                other.connect(str(config.engine_sockets[0]))
+        with pytest.raises(ModelUnavailable, match="not running"):
+            RemoteEngine(config, start_s=0.2).look()
+        for other in others:
+            other.close()
 
 
 def test_hup_changes_nothing_and_loses_nothing(gunicorn):

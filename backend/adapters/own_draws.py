@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def own_draws(seeds: list[int], device: str, step: Callable[[], None]) -> Any:
+def own_draws(seeds: list[int], device: str, step: Callable[[], None] = lambda: None) -> Any:
     """A ``with`` block whose draws are those of ``torch.manual_seed(seed)``, of no one else's.
 
     It sees the torch calls of this thread only, so models in other threads neither disturb it nor
-    are disturbed. ``seeds`` has one for each input of a batch; rows of ``multinomial`` are shared
-    out evenly among them, and nothing else may be drawn for several. ``step`` is called before
-    each token that is drawn or chosen; what it raises ends the run.
+    are disturbed; those that name a generator draw from that. ``seeds`` has one for each input of a
+    batch; rows of ``multinomial`` are shared out evenly among them, and nothing else may be drawn
+    for several. ``step`` is called before each token that is drawn or chosen; what it raises ends
+    the run.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -31,19 +32,36 @@ def own_draws(seeds: list[int], device: str, step: Callable[[], None]) -> Any:
         assert len(generators) == 1, "nothing but tokens can be drawn for several inputs at once"
         return generators[0][torch.device(place or "cpu").type]
 
-    def randn(*size: Any, **how: Any) -> torch.Tensor:
-        return torch.randn(*size, generator=one(how.get("device")), **how)
+    def from_own(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """A function that draws on the device of its tensor, or on the ``device`` it is given."""
 
+        def draw(*args: Any, **how: Any) -> torch.Tensor:
+            if how.get("generator") is None:
+                tensors = [arg for arg in args[:2] if isinstance(arg, torch.Tensor)]
+                where = tensors[0].device if tensors else how.get("device")
+                how = {**how, "generator": one(where)}
+            return function(*args, **how)
+
+        return draw
+
+    # Both are what torch does itself, memory's order too.
     def randn_like(like: torch.Tensor, **how: Any) -> torch.Tensor:
-        empty = torch.empty_like(like, **how)  # which is what it does itself, memory's order too
+        empty = torch.empty_like(like, **how)
         return empty.normal_(generator=one(empty.device))
+
+    def rand_like(like: torch.Tensor, **how: Any) -> torch.Tensor:
+        empty = torch.empty_like(like, **how)
+        return empty.uniform_(generator=one(empty.device))
 
     def bernoulli(chances: torch.Tensor, *args: Any, **how: Any) -> torch.Tensor:
         step()
-        return torch.bernoulli(chances, *args, generator=one(chances.device), **how)
+        return from_own(torch.bernoulli)(chances, *args, **how)
 
     def multinomial(chances: torch.Tensor, *args: Any, **how: Any) -> torch.Tensor:
         step()
+        if how.get("generator") is not None:
+            return torch.multinomial(chances, *args, **how)
+        how.pop("generator", None)
         parts = chances.chunk(len(generators))
         kind = chances.device.type
         drawn = [
@@ -57,8 +75,22 @@ def own_draws(seeds: list[int], device: str, step: Callable[[], None]) -> Any:
         return torch.argmax(*args, **how)
 
     ours: dict[Any, Callable[..., torch.Tensor]] = {
-        torch.randn: randn,
+        **{
+            function: from_own(function)
+            for function in (
+                torch.randn,
+                torch.rand,
+                torch.randint,
+                torch.randperm,
+                torch.normal,
+                torch.Tensor.normal_,
+                torch.Tensor.uniform_,
+                torch.Tensor.bernoulli_,
+                torch.Tensor.exponential_,
+            )
+        },
         torch.randn_like: randn_like,
+        torch.rand_like: rand_like,
         torch.bernoulli: bernoulli,
         torch.multinomial: multinomial,
         torch.argmax: argmax,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.film_shapes import PASSED, Shape, ShapedAdapter
+from backend.adapters.own_draws import own_draws
 from backend.adapters.prompts import NOT_ASKED
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
@@ -91,7 +91,10 @@ class VideoGenerator(ShapedAdapter):
                 continue
             self.use_scheduler(None)
             try:
-                with self._draws_of(run), self.interruptible(batch, places):
+                # I2VGen-XL draws its picture's latents, and some of LTX's decoders their noise,
+                # from the global generator, whatever generator they are given.
+                draws = own_draws([run[0].seed], self.device)
+                with draws, self.interruptible(batch, places):
                     output = self.pipeline(
                         **self._arguments(run, shape, batch.options),
                         **self.steps(batch, places, before=number, of=len(runs)),
@@ -141,19 +144,6 @@ class VideoGenerator(ShapedAdapter):
 
         for _, run in groupby(sorted(films, key=alike), key=alike):
             yield list(run)
-
-    @contextmanager
-    def _draws_of(self, run: list[Film]) -> Iterator[None]:
-        """Seed the global generator for a film that is made alone, and put it back after.
-
-        I2VGen-XL draws its picture's latents from it, whatever generator it is given.
-        """
-        import torch
-
-        devices = [self.device] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(run[0].seed)
-            yield
 
     def _generator(self, seed: int) -> torch.Generator:
         import torch

@@ -8,6 +8,7 @@ from typing import Any
 from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.decoding import leaving
 from backend.adapters.numbers import scored_in_numbers
+from backend.adapters.own_draws import own_draws
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
 from backend.adapters.vision_text import end_of_blip
@@ -96,9 +97,7 @@ class VisualQuestionAnswerer(TransformersAdapter):
         import torch
 
         # ViLT shuffles a picture's patches, or draws some of them: with no one's random state.
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.inference_mode(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+        with torch.inference_mode(), own_draws([0], str(self.model.device)):
             outputs = self.model(**inputs)
         names = self.model.config.id2label
         answers: list[tuple[list[dict[str, Any]], dict[str, int]]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import threading
 import time
@@ -12,12 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from backend.engine import file_lock
 from backend.engine.calls import PRESENT, State
 from backend.engine.devices import Devices
 from backend.errors import ModelUnavailable
 from backend.registry import ModelSpec
 
 ABOUT = 0.9  # of the most room is as good
+LOCK_S = 10.0  # longer than it takes to ask several engines that do not answer
 LOOK_EVERY_S = 0.25  # at the engines, for what other HTTP workers have there
 
 
@@ -178,7 +179,7 @@ class Placement:
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return
         # One thread looks; the others go by what was seen before, if anything was.
-        if self._looking.acquire(blocking=not self._engines):
+        if self._looking.acquire(timeout=0 if self._engines else LOCK_S):
             try:
                 if time.monotonic() - self._looked_at >= LOOK_EVERY_S:
                     self.look()
@@ -231,9 +232,14 @@ class Placement:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._file.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-            yield
+        try:
+            with file_lock.held(self._file, LOCK_S):
+                yield
+        except TimeoutError:  # it is stopped, or waits for engines that hang
+            raise ModelUnavailable(
+                "Another process has been choosing an engine for a model all the time.",
+                retry_after_s=LOCK_S,
+            ) from None
 
 
 def _same_weights(one: ModelSpec, other: ModelSpec) -> bool:

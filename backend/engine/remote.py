@@ -201,6 +201,7 @@ class RemoteEngine(SingleEngine):
         deadline = time.monotonic() + self._start_s
         while True:
             end = socket.socket(socket.AF_UNIX)
+            end.setblocking(False)  # else it would wait for an engine that accepts no one
             try:
                 end.connect(str(self._path))
             except OSError:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from backend import logs
 from backend.channel import Channel, MessageTooLarge
 from backend.config import Config
-from backend.engine import wire
+from backend.engine import file_lock, wire
 from backend.engine.calls import Answer, Call, Event, Job
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
 from backend.errors import CraneError, InternalError, ModelUnavailable, PayloadTooLarge
@@ -265,6 +265,8 @@ def main() -> None:
     logs.set_up(config.log_level, config.log_format)
     index = int(sys.argv[1])
     path = config.engine_sockets[index]
+    # The engine before this one may still be at its last calls, where its supervisor was killed.
+    lock = file_lock.succeed(path.with_name(f"{path.name}.lock"), CLOSE_TIMEOUT_S + 10)
     path.unlink(missing_ok=True)  # left by an engine that was killed
     server = Server(config, index)
 
@@ -277,6 +279,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
     status = server.serve()
     path.unlink(missing_ok=True)
+    lock.close()
     os._exit(status)  # without waiting for the threads of a model that did not unload
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ STEADY_S = (
 # Between looks at an engine. One that has answered, and then does not for so long, hangs: a thread
 # of it holds the interpreter, so that its own watchdog cannot help.
 HEARTBEAT_S, MIN_SILENCE_S = 5.0, 10.0
+KILLED_S = 5.0  # that a killed engine has to be gone
 END_TIMEOUT_S = 20.0  # above the engine's own limit, so that it is killed only when stuck
 
 
@@ -51,11 +53,16 @@ class Supervisor:
     def run(self) -> None:
         """Keep an engine running until ``end``."""
         pause_s = FIRST_PAUSE_S
-        while (engine := self._start()) is not None:
-            started = time.monotonic()
-            code = self._watch(engine)
-            assert engine.stdin is not None
-            engine.stdin.close()
+        while not self._ending.is_set():
+            started, code = time.monotonic(), None
+            try:
+                if (engine := self._start()) is None:
+                    return
+                code = self._watch(engine)
+                assert engine.stdin is not None
+                engine.stdin.close()
+            except Exception:  # no memory for another process, say: there may be some later
+                logger.exception("the engine could not be started, or watched")
             if self._ending.is_set():
                 return
             if time.monotonic() - started > STEADY_S:
@@ -132,7 +139,9 @@ def main() -> None:
     for thread in enders:
         thread.start()
     for thread in (*enders, *keepers):
-        thread.join()
+        thread.join(END_TIMEOUT_S + KILLED_S)
+    # Not even an engine that cannot be killed, as it waits for a device, is waited for.
+    os._exit(0)
 
 
 if __name__ == "__main__":
