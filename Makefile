@@ -9,7 +9,7 @@ run: $(VENV)/run.done
 	$(BIN)/gunicorn wsgi:app
 
 test: $(VENV)/dev.done
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-gpu: $(VENV)/dev.done
 	CRANE_TEST_DEVICE=cuda $(BIN)/pytest -m gpu

@@ -22,7 +22,7 @@ FORWARDED = {
     "X-Forwarded": "for=203.0.113.9",
     **{
         name.removeprefix("HTTP_").replace("_", "-").title(): "203.0.113.9"
-        for name in FORWARDING
+        for name in sorted(FORWARDING)
         if name.startswith("HTTP_")
     },
 }
