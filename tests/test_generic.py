@@ -16,9 +16,12 @@ from itertools import cycle, islice
 import numpy as np
 import pytest
 
-from backend.adapters import generic_pictures
+from backend.adapters import ADAPTERS, generic_pictures
+from backend.adapters.base import Batch, Prediction
+from backend.adapters.interruption import interruptible_parts
 from backend.adapters.masks import best_boxes, mask_of
 from backend.adapters.plain import plain
+from backend.errors import DeadlineExceeded
 from backend.tasks import TASKS
 from backend.tasks.generic import GENERIC, NOT_SERVED, dump_generic
 from tests import generic_checkpoints
@@ -447,6 +450,54 @@ def test_a_sound_that_is_too_long_is_cut_at_its_end_where_that_is_asked_for(
     how = {"candidate_labels": LABELS[:3]} if labels else {"top_k": 5}
     expected = direct(name, type_)(samples[: int(most * 16_000)], **how)
     assert_near(answer["output"], expected)
+
+
+def test_a_sound_is_bounded_where_the_model_sets_no_limit(make_app, generic):
+    """Here 2 ** 15 frames of 20 samples at 8 kHz; wav2vec 2.0 has 320 of them at 16 kHz."""
+    client = make_app([entry(generic, "wav2vec2", "audio-classification")]).test_client()
+    answer = run(client, "it", wav(tone(82, 8_000), 8_000))
+    assert answer.status_code == 400
+    assert answer.json["error"]["details"]["input"] == (
+        "lasts 82 s and the model hears 81.92 s; shorten it, or set options.truncate to true"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "value"),
+    [
+        ("wav2vec2", "audio-classification", {"samples": tone(0.4, 8_000), "rate": 8_000}),
+        (
+            "spectrogram_transformer",
+            "audio-classification",
+            {"samples": tone(0.4, 16_000), "rate": 16_000},
+        ),
+        ("bert", "feature-extraction", "river"),
+    ],
+)
+def test_a_run_ends_between_two_layers_once_nobody_waits(make_app, generic, name, type_, value):
+    spec = make_app([entry(generic, name, type_)]).extensions["crane"].registry.get("it")
+    adapter = ADAPTERS[type_](spec, device="cpu", dtype="float32")
+    adapter.load()
+    ran = []
+    for layer in list(interruptible_parts(adapter.pipeline.model))[1:]:
+        layer.register_forward_hook(lambda *_: ran.append(1))
+
+    def predict(cancelled):
+        ran.clear()
+        batch = Batch(
+            inputs=[value],
+            options=spec.options_schema.load({}),
+            seeds=[None],
+            cancelled=cancelled,
+            progress=lambda *_: None,
+        )
+        return adapter.predict(batch)[0]
+
+    assert isinstance(predict(lambda place: bool(ran)), DeadlineExceeded)
+    assert len(ran) == 1
+    assert isinstance(predict(lambda place: False), Prediction)
+    assert len(ran) > 1
+    adapter.unload()
 
 
 @pytest.mark.parametrize("name", ["wav2vec2", "spectrogram_transformer"])

@@ -9,6 +9,7 @@ from typing import Any
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.generic_calls import CALLS
 from backend.adapters.hub import pick_device
+from backend.adapters.interruption import interruptible_parts
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
 from backend.adapters.plain import plain
@@ -65,7 +66,8 @@ class GenericPipeline(Adapter):
         quantize([model], self.spec.memory, self.device)
         model.eval()
         keep_packed(model)
-        model.register_forward_pre_hook(self._stop_if_cancelled)
+        for part in interruptible_parts(model):
+            part.register_forward_pre_hook(self._stop_if_cancelled)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.do_sample = False  # numbers are drawn for all callers in turn
         self.dtype = dtype_name(model.dtype, self.spec.memory)

@@ -12,6 +12,10 @@ from backend.errors import InvalidRequest
 from backend.media.audio import resample
 
 SHORTEST_S = 0.025  # what wav2vec 2.0 and spectrograms make their first frame of
+# Frames of a model that sets no limit of its own: 655 s for wav2vec 2.0, which makes 50 a second.
+# A layer compares each with each other one: for twice as many it takes minutes on a CPU, and a run
+# can only be broken off between two layers.
+MAX_FRAMES = 2**15
 
 
 def classify_sound(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
@@ -50,7 +54,7 @@ def sound(pipeline: Any, value: Any, at: str, truncate: bool) -> tuple[np.ndarra
         raise InvalidRequest.of({at: fault})
     if rate != extractor.sampling_rate:
         samples = resample(samples, rate, extractor.sampling_rate)
-    most = longest(extractor)
+    most = longest(extractor, pipeline.model)
     if most is None or len(samples) <= most:
         return samples, {}
     if not truncate:
@@ -60,12 +64,13 @@ def sound(pipeline: Any, value: Any, at: str, truncate: bool) -> tuple[np.ndarra
     return samples[:most], {"truncated": True}
 
 
-def longest(extractor: Any) -> int | None:
-    """The most samples that a model hears; what is beyond its extractor leaves, CLAP's by lot."""
+def longest(extractor: Any, model: Any) -> int | None:
+    """The most samples that a model takes; what is beyond its extractor leaves, CLAP's by lot."""
     for name in ("nb_max_samples", "n_samples"):  # CLAP's, Whisper's
         if (samples := getattr(extractor, name, None)) is not None:
             return int(samples)
     if type(extractor).__name__.startswith("AST"):
         # Frames of 25 ms, a new one each 10 ms.
         return int((extractor.max_length * 10 + 15) * extractor.sampling_rate // 1000)
-    return None
+    samples_a_frame = getattr(model.config, "inputs_to_logits_ratio", None)
+    return None if samples_a_frame is None else MAX_FRAMES * int(samples_a_frame)

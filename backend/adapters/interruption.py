@@ -1,4 +1,4 @@
-"""Lets a run be broken off inside the parts of a diffusers pipeline, not only between its steps.
+"""Lets a run be broken off inside the parts of a model or pipeline, not only between its steps.
 
 A VAE goes through a picture of 12 megapixels for minutes on a CPU, before the first step and after
 the last one, and so does a denoiser in each step.
@@ -53,3 +53,13 @@ def _interruptible_parts(pipeline: Any) -> Iterator[nn.Module]:
         elif name.startswith(("unet", "transformer")):
             for child in part.children():
                 yield from child if isinstance(child, nn.ModuleList) else [child]
+
+
+def interruptible_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """A model of transformers and its layers, of which each begins a part of a run."""
+    from torch import nn
+
+    yield model
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList):
+            yield from part
