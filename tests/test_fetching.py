@@ -43,6 +43,11 @@ def state(client, model_id="stuck"):
     return client.get(f"/crane/models/{model_id}").json["state"]
 
 
+def order(client, what, model_id="stuck"):
+    """As an admin does it."""
+    client.application.extensions["crane"].engine.control(what, model_id)
+
+
 @pytest.fixture(params=["look-up", "download"])
 def stuck(request, add_task):
     """The entry of a model that waits for the Hub at a gate, and its adapter."""
@@ -85,7 +90,7 @@ def test_what_waits_for_the_hub_is_unloaded_at_once_and_goes_on_from_there(make_
     client = make_app([entry], load_wait_s=0.1).test_client()
     assert run(client, "stuck").json["error"]["code"] == "MODEL_LOADING"
     assert kind.waits.acquire(timeout=20)
-    client.post("/crane/models/stuck/unload")
+    order(client, "unload")
     wait_for(lambda: state(client) == "unloaded")
     assert run(client, "stuck").json["error"]["code"] == "MODEL_LOADING"
     assert not kind.waits.acquire(blocking=False)  # it waits for the one that has begun
@@ -114,9 +119,9 @@ def test_a_download_that_hangs_costs_its_model_and_not_the_engine(make_app, stuc
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
     assert "not there after 0.5 s; the download goes on" in answer.json["error"]["message"]
     assert (state(client), run(client).status_code) == ("failed", 200)
-    client.post("/crane/models/stuck/unload")
+    order(client, "unload")
     kind.gate.set()
-    assert client.post("/crane/models/stuck/load").status_code == 200
+    order(client, "load")
 
 
 def test_what_can_never_fit_is_not_downloaded(make_app, add_task):

@@ -1041,7 +1041,7 @@ def test_all_that_a_library_may_give_becomes_json_and_pictures():
     travelled = plain(given)
     pictures = {name: travelled.pop(name) for name in ("mask", "grey", "colours")}
     written = orjson.loads(
-        orjson.dumps(dump_generic(travelled, {}), option=orjson.OPT_SERIALIZE_NUMPY)
+        orjson.dumps(dump_generic(travelled, {}, lambda: None), option=orjson.OPT_SERIALIZE_NUMPY)
     )
     assert written == {
         "1": 0.5,

@@ -541,7 +541,7 @@ def test_each_refusal_is_the_clients_own_exception(server, client, keys):
     assert missing.value.request_id
 
 
-def test_a_call_is_on_the_same_quota_and_a_refused_one_costs_nothing(server, keys):
+def test_a_call_is_on_the_same_quota_and_a_malformed_one_takes_its_unit(server, keys):
     _, key = keys.create(owner="Ann", tier="tiny")
     with client_of(server, key) as client:
         ask = client.chat.completions.with_raw_response.create
@@ -549,11 +549,7 @@ def test_a_call_is_on_the_same_quota_and_a_refused_one_costs_nothing(server, key
         assert ask(**asked).headers["X-RateLimit-Remaining"] == "1"
         with pytest.raises(openai.BadRequestError) as wrong:
             ask(**{**asked, "temperature": 7})
-        assert wrong.value.response.headers["X-RateLimit-Remaining"] == "1"
-        with pytest.raises(openai.BadRequestError):
-            ask(**asked, extra_body={"no_such": 1})
-        body = {"model_id": "echo", "input": 1}
-        assert server.post(body, Authorization=f"Bearer {key}")[0] == 200
+        assert wrong.value.response.headers["X-RateLimit-Remaining"] == "0"
         with pytest.raises(openai.RateLimitError) as spent:
             ask(**asked)
         assert spent.value.code == "RATE_LIMIT_EXCEEDED"
@@ -574,7 +570,8 @@ def test_what_a_call_may_cost_is_known_by_openais_names_too(make_app):
     ):
         refused = http.post(f"/v1/{path}", json=body)
         assert (refused.status_code, refused.json["error"]["code"]) == (403, "FORBIDDEN")
-        assert f"up to {units} units" in refused.json["error"]["message"]
+        asked = int(re.search(r"up to (\d+) units", refused.json["error"]["message"])[1])
+        assert units <= asked <= units + 2  # a chat's messages count too
 
 
 def test_a_call_is_logged_and_counted_under_its_own_route(server, client):

@@ -265,7 +265,7 @@ def test_a_postgresql_that_hangs_hangs_no_call(remote, own_postgres):
     with own_postgres.hanging():
         assert unavailable(remote) < 1.6
         with ThreadPoolExecutor(32) as pool:  # more than there are connections
-            assert max(pool.map(unavailable, [remote] * 32)) < 1.9
+            assert max(pool.map(unavailable, [remote] * 32)) < 4
     assert remote.find(remote.text)
 
 

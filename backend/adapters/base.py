@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from backend.adapters import footprint
 from backend.adapters.hub import check_files, fetch_snapshot, pick_device, pick_dtype
+from backend.adapters.unlocked import unlocked_property
 from backend.engine import libraries
 from backend.errors import CraneError, DeadlineExceeded, ModelUnavailable
 from backend.registry import ModelSpec
@@ -183,7 +183,7 @@ class Adapter(ABC):
             return self.max_batch_tokens
         return min(self.max_batch_tokens, self.max_cpu_tokens)
 
-    @cached_property
+    @unlocked_property
     def weight_files(self) -> Mapping[Path, int]:
         """The files that ``load`` will read the weights from, fetched or not, and their bytes."""
         return footprint.find_files(self.spec) if self.spec.hf_model else {}
@@ -201,7 +201,7 @@ class Adapter(ABC):
         if downloads:  # so that what is known of them is what came
             vars(self).pop("weight_files", None)
 
-    @cached_property
+    @unlocked_property
     def folder(self) -> Path:
         """Where the files are that ``load`` reads: the entry's folder, or what the Hub has."""
         weights = self.spec.weights()

@@ -13,6 +13,9 @@ class Echo(Adapter):
     takes_turns = False  # it computes nothing
     libraries = ()
 
+    def fetch(self) -> None:
+        """Nothing, whatever an entry names: there are no weights."""
+
     def load(self) -> None:
         self.device, self.dtype = "cpu", "none"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +23,7 @@ from backend.adapters.sound_models import (
     Vits,
 )
 from backend.adapters.transformers_base import quiet, too_long
+from backend.adapters.unlocked import unlocked_property
 from backend.errors import (
     CraneError,
     DeadlineExceeded,
@@ -49,7 +49,7 @@ class SoundMaker(Adapter):
         super().fetch()
         _ = self._load_kwargs
 
-    @cached_property
+    @unlocked_property
     def _load_kwargs(self) -> dict[str, Any]:
         """An entry's ``load``, with the vocoder that SpeechT5 needs on this machine."""
         kwargs = dict(self.spec.load_kwargs)
