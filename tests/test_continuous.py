@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -538,20 +539,19 @@ def test_calls_that_differ_in_all_their_options_run_together_and_as_alone(server
         }
         calls.append((sentence(draw.randrange(1, 20), place), options))
     plain = [server.run("writer", text, options=options)[1] for text, options in calls]
-    answers = [None] * len(calls)
     at_once = threading.Barrier(len(calls))
 
-    def call(place, text, options):
+    def call(text, options):
         at_once.wait()
-        answers[place] = server.run("writer", text, options=options)[1]
+        return server.run("writer", text, options=options)[1]
 
-    threads = [threading.Thread(target=call, args=[place, *one]) for place, one in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [one["output"] for one in answers] == [one["output"] for one in plain]
-    assert max(one["metadata"]["batch_size"] for one in answers) > 8
+    for _ in range(5):  # on a busy machine they may come one after the other
+        with ThreadPoolExecutor(len(calls)) as pool:
+            answers = list(pool.map(call, *zip(*calls, strict=True)))
+        assert [one["output"] for one in answers] == [one["output"] for one in plain]
+        if (most := max(one["metadata"]["batch_size"] for one in answers)) > 8:
+            break
+    assert most > 8
     for one, other in zip(answers, plain, strict=True):
         for name in ("options", "seed", "finish_reason"):
             assert one["metadata"].get(name) == other["metadata"].get(name)
