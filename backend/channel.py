@@ -25,6 +25,20 @@ class MessageTooLarge(ValueError):
     """A message of ours is above the bound; none of it was sent."""
 
 
+def send_from(end: socket.socket, buffers: deque[memoryview]) -> int:
+    """Send what the other end takes at once, and drop it from the buffers; the bytes sent.
+
+    Raises ``BlockingIOError`` where it takes nothing, or another ``OSError``.
+    """
+    sent = end.sendmsg(list(islice(buffers, MAX_BUFFERS)))
+    left = sent
+    while buffers and left >= len(buffers[0]):
+        left -= len(buffers.popleft())
+    if left:
+        buffers[0] = buffers[0][left:]
+    return sent
+
+
 class Channel:
     """One end of a connection. Nothing here waits: what the other end does not take yet is kept."""
 
@@ -93,14 +107,9 @@ class Channel:
         """Send what is left, as far as the other end takes it; whether that is all."""
         while self._out:
             try:
-                sent = self._end.sendmsg(list(islice(self._out, MAX_BUFFERS)))
+                self._out_bytes -= send_from(self._end, self._out)
             except BlockingIOError:
                 return False
-            self._out_bytes -= sent
-            while self._out and sent >= len(self._out[0]):
-                sent -= len(self._out.popleft())
-            if sent:
-                self._out[0] = self._out[0][sent:]
         return True
 
     def receive(self) -> list[list[Part]]:

@@ -10,7 +10,9 @@ from backend.adapters.echo import Echo
 from backend.engine.calls import Answer, Call
 from backend.errors import Overloaded
 from tests.serving import wait_for
-from tests.test_engine import Gate
+from tests.test_engine import gate
+
+__all__ = ["gate"]
 
 WAIT_S = 30
 
@@ -34,13 +36,6 @@ class Caller:
         )
         self._engine.submit(call, told.put)
         return told
-
-
-@pytest.fixture
-def gate():
-    gate = Gate()
-    yield gate
-    gate.open()
 
 
 @pytest.fixture

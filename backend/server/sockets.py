@@ -7,13 +7,13 @@ import socket
 import time
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
+
+from backend.channel import send_from
 
 # Bytes of a stream that are kept for a client that is slower than the model.
 MAX_KEPT = 2**16
 MAX_NOT_SENT = 2**17  # bytes that the kernel keeps beside those on their way
-MAX_PARTS = 1024  # of one sendmsg, as POSIX systems have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,9 @@ class ClientSocket(socket.socket):
         """Send what the client takes now; whether that is all. Raises ``OSError``."""
         while self._unsent:
             try:
-                sent = self.sendmsg(list(islice(self._unsent, MAX_PARTS)))
+                self.unsent -= send_from(self, self._unsent)
             except BlockingIOError:
                 return False
-            self.unsent -= sent
-            while self._unsent and sent >= len(self._unsent[0]):
-                sent -= len(self._unsent.popleft())
-            if sent:
-                self._unsent[0] = self._unsent[0][sent:]
         return True
 
     def _keep(self, data: Any, sent: int) -> None:
