@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import resource
 import select
 import socket
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
 
@@ -214,7 +215,19 @@ def test_connections_at_work_make_no_room(gunicorn):
     server = gunicorn(CRANE_MAX_CONNECTIONS=2)
     body = b'{"model_id": "echo", "input": 1, "options": {"delay_ms": 30000}}'
     call = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+    def at_work():
+        # From another address, as this one may have no third connection.
+        other = http.client.HTTPConnection(
+            "127.0.0.1", server.port, timeout=20, source_address=("127.0.0.2", 0)
+        )
+        with closing(other):
+            other.request("GET", "/crane/models/echo")
+            model = json.loads(other.getresponse().read())
+        return model["queue"] + (model["running"] or {"inputs": 0})["inputs"] == 2
+
     with clients(server, 2, call) as working:
+        wait_for(at_work, 20)
         with connect(server) as third:
             assert status_of(third) == 503
         assert select.select(working, [], [], 0)[0] == []
