@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import resource
 import select
 import socket
 import threading
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -23,6 +22,7 @@ LARGE_BODY = HEAD + b"Content-Length: 10000000\r\n\r\n{"
 INVITED = LARGE_BODY.replace(b"Content-Length", b"Expect: 100-continue\r\nContent-Length")[:-1]
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 UNREFUSED_CHUNKS = HEAD.replace(b"/crane/run", b"/nope") + b"Transfer-Encoding: chunked\r\n\r\n1"
+OTHER = "127.0.0.2"  # an address that the tests' other requests do not come from
 QUICK = {"CRANE_HEAD_TIMEOUT": "400ms", "CRANE_CLIENT_TIMEOUT": "400ms", "CRANE_MIN_RATE": "1MB"}
 
 
@@ -32,9 +32,10 @@ def echo(size):
     return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-def connect(server, data=b""):
+def connect(server, data=b"", address="127.0.0.1"):
     """A client with a small window, so that what it does not read stays with the service."""
     client = socket.socket()
+    client.bind((address, 0))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(50)
     client.connect(("127.0.0.1", server.port))
@@ -44,9 +45,9 @@ def connect(server, data=b""):
 
 
 @contextmanager
-def clients(server, count, data=b""):
+def clients(server, count, data=b"", address="127.0.0.1"):
     with ExitStack() as stack:
-        yield [stack.enter_context(connect(server, data)) for _ in range(count)]
+        yield [stack.enter_context(connect(server, data, address)) for _ in range(count)]
 
 
 def dropped(server, reason):
@@ -216,20 +217,17 @@ def test_connections_at_work_make_no_room(gunicorn):
     body = b'{"model_id": "echo", "input": 1, "options": {"delay_ms": 30000}}'
     call = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
+    probe = b"GET /livez HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
+
     def at_work():
-        # From another address, as this one may have no third connection.
-        other = http.client.HTTPConnection(
-            "127.0.0.1", server.port, timeout=20, source_address=("127.0.0.2", 0)
-        )
-        with closing(other):
-            other.request("GET", "/crane/models/echo")
-            model = json.loads(other.getresponse().read())
+        model = server.get("/crane/models/echo")[1]
         return model["queue"] + (model["running"] or {"inputs": 0})["inputs"] == 2
 
-    with clients(server, 2, call) as working:
+    with clients(server, 2, call, OTHER) as working:
         wait_for(at_work, 20)
-        with connect(server) as third:
+        with connect(server, call, OTHER) as third, connect(server, probe, OTHER) as fourth:
             assert status_of(third) == 503
+            assert status_of(fourth) == 200
         assert select.select(working, [], [], 0)[0] == []
 
 

@@ -69,6 +69,7 @@ class Connection:
         self.address = network_of(client)
         self.request: Request | None = None
         self.keep = True  # after the response
+        self.surplus = False  # it came when there were too many, and all others were at work
         self.closed = False
         self.state = State.SILENT
         self._limits = limits

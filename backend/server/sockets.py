@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import select
 import socket
 import time
@@ -13,6 +14,7 @@ from backend.channel import send_from
 
 # Bytes of a stream that are kept for a client that is slower than the model.
 MAX_KEPT = 2**16
+MAX_FILES = 2**16
 MAX_NOT_SENT = 2**17  # bytes that the kernel keeps beside those on their way
 
 
@@ -95,3 +97,12 @@ class ClientSocket(socket.socket):
             self.flush()
             self._waited_s += time.monotonic() - began
             self._taken += before - self.unsent
+
+
+def max_files() -> int:
+    """Files that this process may have open, having asked for as many as it can get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)

@@ -9,7 +9,6 @@ then, and for a stream's reader.
 from __future__ import annotations
 
 import errno
-import resource
 import select
 import selectors
 import time
@@ -26,7 +25,7 @@ from backend.config import Config
 from backend.errors import CraneError, Overloaded
 from backend.server.connections import Connection, Limits, State, Waiting
 from backend.server.requests import cut_short, too_slow
-from backend.server.sockets import ClientSocket
+from backend.server.sockets import ClientSocket, max_files
 
 KEPT_MS = 20  # a client that calls again and again does so sooner
 ACCEPT_DELAY_S = 0.00002  # for each connection that a worker has
@@ -35,7 +34,6 @@ ACCEPTS = 32  # at a time, of many
 SWEEP_S = 0.5  # between looks for what is past its deadline
 STOP_S = 2.0  # for a request that is on its way as the worker drains
 RESERVED_FILES = 128
-MAX_FILES = 2**16
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PROBE = "/livez"
 CROWDED = "crowded"
@@ -57,7 +55,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         # Behind proxies all connections come from them, and they hold clients to limits.
         self.max_per_address = 0 if config.trusted_proxies else config.max_connections
         # Each thread may have as many files again: of the engines, of media.
-        files = _files() - RESERVED_FILES - 2 * self.cfg.threads
+        files = max_files() - RESERVED_FILES - 2 * self.cfg.threads
         self.max_connections = max(self.cfg.threads, min(self.worker_connections, files))
         self.max_unsent = config.max_unsent
         self.waiting = Waiting()
@@ -126,25 +124,26 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         sock = ClientSocket(accepted, self.limits.pace)
         connection = Connection(self.cfg, sock, client, listener.getsockname(), self.limits)
         address = connection.address
-        of_address = self.per_address.get(address, 0)
         self.nr_conns += 1
-        self.per_address[address] = of_address + 1
-        if self.max_per_address and address and of_address >= self.max_per_address:
-            self._make_room(connection, self.waiting.oldest(address))
-        elif self.nr_conns > self.max_connections:
-            self._make_room(connection, self.waiting.oldest())
-        else:
-            self._guard(self._read, connection)
+        self.per_address[address] = self.per_address.get(address, 0) + 1
+        own = self._has_too_many(address)
+        if own or self.nr_conns > self.max_connections:
+            # Close the connection that has waited longest. If all others are at work, the new one
+            # may only ask whether the process lives.
+            oldest = self.waiting.oldest(address if own else None)
+            connection.surplus = oldest is None
+            if oldest is not None:
+                self._drop(oldest, CROWDED)
+        self._guard(self._read, connection)
         return True
 
-    def _make_room(self, connection: Connection, oldest: Connection | None) -> None:
-        """Let go of whoever has waited longest, or of the new one if all others are at work."""
-        if oldest is not None:
-            self._drop(oldest, CROWDED)
-            self._guard(self._read, connection)
-            return
-        error = Overloaded("Too many connections are open; try again in 1 s.", retry_after_s=1)
-        self._drop(connection, CROWDED, error)
+    def _has_too_many(self, address: str) -> bool:
+        return bool(address) and 0 < self.max_per_address < self.per_address[address]
+
+    def _is_refused(self, connection: Connection) -> bool:
+        if not connection.surplus or connection.request is None or _is_probe(connection):
+            return False
+        return self._has_too_many(connection.address) or self.nr_conns > self.max_connections
 
     def _read(self, connection: Connection) -> None:
         try:
@@ -156,7 +155,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except Exception as error:
             self._refuse(connection, error)
         else:
-            self._submit(connection) if ready else self._park(connection)
+            if self._is_refused(connection):
+                message = "Too many connections are open; try again in 1 s."
+                self._drop(connection, CROWDED, Overloaded(message, retry_after_s=1))
+            else:
+                self._submit(connection) if ready else self._park(connection)
 
     def _write(self, connection: Connection) -> None:
         try:
@@ -339,12 +342,3 @@ def _count_dropped(reason: str) -> None:
 
 def _is_probe(connection: Connection) -> bool:
     return connection.request is not None and connection.request.path == PROBE
-
-
-def _files() -> int:
-    """Files that this process may have open, having asked for as many as it can get."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
