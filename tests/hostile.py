@@ -46,12 +46,14 @@ def png_of_chunks(count):
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + chunks + end
 
 
-def gif_of_blocks(count):
+def gif_of_blocks(count, colours=b""):
+    """A GIF with so many blocks before its frame, or behind one that has colours of its own."""
     file = io.BytesIO()
     Image.new("RGB", (10, 10)).save(file, "GIF")
     data = file.getvalue()
     at = data.index(b"\x2c")
-    return data[:at] + b"\x21\xfe" + b"\x01c" * count + b"\0" + data[at:]
+    frame = b"\x2c" + bytes(8) + bytes([0x80]) + colours + b"\x02\0" if colours else b""
+    return data[:at] + frame + b"\x21\xfe" + b"\x01c" * count + b"\0" + data[at:]
 
 
 def jpeg_of_segments(count):
@@ -68,10 +70,13 @@ def webp_of_chunks(count):
     return b"RIFF" + struct.pack("<I", 4 + len(data)) + b"WEBP" + data
 
 
-def wav_of_chunks(count):
+def wav_of_chunks(count, listed=False):
     samples = bytes(1000)
     form = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 16000, 2, 16)
-    chunks = form + b"junk\0\0\0\0" * count + b"data" + struct.pack("<I", len(samples)) + samples
+    junk = b"junk\0\0\0\0" * count
+    if listed:
+        junk = b"LIST" + struct.pack("<I", 4 + len(junk)) + b"INFO" + junk
+    chunks = form + junk + b"data" + struct.pack("<I", len(samples)) + samples
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
@@ -97,17 +102,20 @@ def ogg_of_chains(count):
     return sound("libopus", "ogg", 48_000, 0.1) * count
 
 
-def mp4_of_boxes(count, inside=False):
-    boxes = b"\0\0\0\x08free" * count
-    if inside:
-        boxes = struct.pack(">I", 8 + len(boxes)) + b"moov" + boxes
-    return struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + boxes
+MP4 = struct.pack(">I", 16) + b"ftypisom\0\0\0\0"
+HANDLER = struct.pack(">I", 33) + b"hdlr" + bytes(25)
+
+
+def mp4_of_boxes(count, name=b"", before=b""):
+    """A film of so many boxes, in one of that name behind some other bytes."""
+    boxes = before + b"\0\0\0\x08free" * count
+    return MP4 + (struct.pack(">I", 8 + len(boxes)) + name if name else b"") + boxes
 
 
 def mp4_with_boxes_hidden(count):
     """Behind one that says it goes on beyond the box that it is in."""
     lies = struct.pack(">I", 16) + b"moov" + struct.pack(">I", 2**31 - 1) + b"free"
-    return struct.pack(">I", 16) + b"ftypisom\0\0\0\0" + lies + b"\0\0\0\x08free" * count
+    return MP4 + lies + b"\0\0\0\x08free" * count
 
 
 def wav_with_chunks_hidden(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -42,8 +43,58 @@ HOSTILE = {
     "streams of an Ogg": (read_audio, hostile.ogg_of_chains, bounds.MAX_CHAINED),
     "boxes of a film": (read_video, hostile.mp4_of_boxes, bounds.MAX_BOXES),
     "boxes of a sound": (read_audio, hostile.mp4_of_boxes, bounds.MAX_BOXES),
-    "boxes inside": (read_video, lambda n: hostile.mp4_of_boxes(n, inside=True), bounds.MAX_BOXES),
+    "boxes inside": (read_video, lambda n: hostile.mp4_of_boxes(n, b"moov"), bounds.MAX_BOXES),
     "boxes hidden": (read_video, hostile.mp4_with_boxes_hidden, bounds.MAX_BOXES),
+    "boxes in one without an end": (
+        read_video,
+        lambda n: hostile.mp4_of_boxes(n, before=b"\0\0\0\0moov"),
+        bounds.MAX_BOXES,
+    ),
+    "boxes behind one of 64 bits": (
+        read_video,
+        lambda n: hostile.mp4_of_boxes(n, before=b"\0\0\0\x01free\0\0\0\0\0\0\0\x10"),
+        bounds.MAX_BOXES,
+    ),
+    "boxes behind an MP4's handler": (
+        read_video,
+        lambda n: hostile.mp4_of_boxes(n, b"meta", bytes(4) + hostile.HANDLER),
+        bounds.MAX_BOXES,
+    ),
+    "boxes behind QuickTime's handler": (
+        read_video,
+        lambda n: hostile.mp4_of_boxes(n, b"meta", hostile.HANDLER),
+        bounds.MAX_BOXES,
+    ),
+    "boxes behind a handler anywhere": (
+        read_video,
+        lambda n: hostile.mp4_of_boxes(n, b"meta", bytes(12) + hostile.HANDLER),
+        bounds.MAX_BOXES,
+    ),
+    "boxes behind a broken one": (
+        read_video,
+        lambda n: hostile.mp4_of_boxes(n, before=b"\0\0\0\x10moov\0\0\0\4free"),
+        bounds.MAX_BOXES,
+    ),
+    "boxes of a codec": (
+        read_audio,
+        lambda n: hostile.mp4_of_boxes(n, b"stsd", bytes(8) + b"\xff\xff\xff\xffmp4a" + bytes(28)),
+        bounds.MAX_BOXES,
+    ),
+    "chunks of a list": (
+        read_audio,
+        lambda n: hostile.wav_of_chunks(n, listed=True),
+        bounds.MAX_CHUNKS,
+    ),
+    "blocks behind a frame's colours": (
+        read_image,
+        lambda n: hostile.gif_of_blocks(n, colours=bytes(6)),
+        bounds.MAX_BLOCKS,
+    ),
+    "streams of one page": (
+        read_audio,
+        lambda n: hostile.ogg_of_chains(n).replace(b"OggS\0\2", b"OggS\0\6"),
+        bounds.MAX_CHAINED,
+    ),
     "chunks hidden": (read_audio, hostile.wav_with_chunks_hidden, bounds.MAX_CHUNKS),
     "runs of a BMP": (read_image, hostile.bmp_of_runs, bounds.MAX_RUNS),
     "elements hidden": (
@@ -75,6 +126,18 @@ def test_a_file_within_the_bound_is_read(name):
     assert len(read(made(most // 2)))
 
 
+def test_boxes_that_say_they_end_later_than_what_they_are_in_are_counted_once():
+    lies = struct.pack(">I4sI4s", 16, b"moov", 2**31 - 1, b"trak")
+    bounds.bound_mp4(hostile.mp4_of_boxes(bounds.MAX_BOXES * 9 // 10, before=lies))
+
+
+@pytest.mark.parametrize("before", [b"", bytes(4)], ids=["QuickTime", "MP4"])
+def test_what_is_behind_a_handler_may_be_large(before):
+    cover = struct.pack(">I4s", 2**20, b"covr") + bytes(2**20 - 8)
+    boxes = before + hostile.HANDLER + struct.pack(">I4s", 8 + len(cover), b"ilst") + cover
+    bounds.bound_mp4(hostile.mp4_of_boxes(9, b"meta", boxes))
+
+
 def test_an_ogg_of_some_chained_streams_is_read():
     one = read_audio(hostile.ogg_of_chains(1))["samples"]
     assert len(read_audio(hostile.ogg_of_chains(5))["samples"]) > len(one)
@@ -86,7 +149,7 @@ def test_pictures_as_encoders_make_them_are_read(format_, options):
     image = picture(300, 200)
     if options.pop("exif", None):
         exif = Image.Exif()
-        exif[0x010E] = "\xff\xda" * 20_000  # what looks like scans, in a segment
+        exif[0x927C] = b"\xff\xda" * 20_000  # what looks like scans, in a segment
         options["exif"] = exif.tobytes()
     file = io.BytesIO()
     image.save(file, format_, **options)

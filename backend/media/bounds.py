@@ -29,8 +29,9 @@ _HOLD = {
     *(b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts", b"udta", b"moof", b"traf"),
     *(b"mvex", b"mfra", b"ilst", b"tref", b"gmhd", b"wave", b"sinf", b"schi", b"iprp", b"ipco"),
 }
-_FULL = {b"meta", b"dref", b"stsd"}  # and those with a head of their own before them
-_FULL_HEAD = 8
+# And those that have fields before the boxes in them, of a length that depends on much. They are
+# small, so each counts for as many boxes as may be in it: one for every 8 bytes.
+_MAY_HOLD = {b"stsd", b"dref", b"strf", b"vexu"}
 _MASTERS = {
     b"\x18\x53\x80\x67",  # Segment
     b"\x1f\x43\xb6\x75",  # Cluster
@@ -42,6 +43,10 @@ _MASTERS = {
     b"\x11\x4d\x9b\x74",  # SeekHead
     b"\xa0",  # BlockGroup
 }
+
+# Of a part at a place: where its body begins, where it ends, and what tells this of the parts in
+# it, if it holds any; None where there is no part.
+_Head = Callable[[bytes, int], "tuple[int, int, _Head | None] | None"]
 
 
 def bound_image(data: bytes) -> None:
@@ -102,41 +107,39 @@ def _bound_jpeg(data: bytes) -> None:
     raise Refused(f"has more than {MAX_SEGMENTS} segments; write it anew with fewer")
 
 
-def _walk(
-    data: bytes, at: int, head: Callable[[bytes, int], tuple[int, int, bool] | None]
-) -> Iterator[int]:
+def _walk(data: bytes, at: int, head: _Head) -> Iterator[int]:
     """Every part of a file, in those that hold others too.
 
-    ``head`` gives where a part's body begins, where the part ends, and whether it holds others;
-    None where there is none. A part that says it ends after the one that it is in ends with that,
-    as libav has it: else a file could hide others behind it.
+    A part that says it ends after the one that it is in ends with that, as libav has it: else a
+    file could hide others behind it, or be counted twice.
     """
-    ends = [len(data)]
-    while ends:
-        found = head(data, at) if at < ends[-1] else None
+    within = [(len(data), head)]
+    while within:
+        last, head = within[-1]
+        found = head(data, at) if at < last else None
         if found is None:
-            at = ends.pop()
+            at, _ = within.pop()
             continue
         yield at
-        body, end, holds = found
-        end = min(end, ends[-1])
-        if holds:
-            ends.append(end)
-        at = body if holds else end
+        body, end, inner = found
+        end = min(end, last)
+        if inner is not None:
+            within.append((end, inner))
+        at = end if inner is None else body
 
 
-def _png_chunk(data: bytes, at: int) -> tuple[int, int, bool] | None:
+def _png_chunk(data: bytes, at: int) -> tuple[int, int, None] | None:
     if at + 8 > len(data):
         return None
-    return at + 8, at + 12 + int.from_bytes(data[at : at + 4]), False
+    return at + 8, at + 12 + int.from_bytes(data[at : at + 4]), None
 
 
-def _riff_chunk(data: bytes, at: int) -> tuple[int, int, bool] | None:
+def _riff_chunk(data: bytes, at: int) -> tuple[int, int, _Head | None] | None:
     if at + 8 > len(data):
         return None
     size = int.from_bytes(data[at + 4 : at + 8], "little")
     holds = data[at : at + 4] == b"LIST"
-    return at + (12 if holds else 8), at + 8 + size + size % 2, holds
+    return at + (12 if holds else 8), at + 8 + size + size % 2, _riff_chunk if holds else None
 
 
 def _gif_blocks(data: bytes) -> Iterator[int]:
@@ -160,7 +163,7 @@ def _colours(data: bytes, at: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _box(data: bytes, at: int) -> tuple[int, int, bool] | None:
+def _box(data: bytes, at: int) -> tuple[int, int, _Head | None] | None:
     size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
     body = at + 8
     if size == 1:
@@ -168,10 +171,23 @@ def _box(data: bytes, at: int) -> tuple[int, int, bool] | None:
     end = at + size if size else len(data)
     if end < body or body > len(data):
         return None
-    return body + (_FULL_HEAD if name in _FULL else 0), end, name in _HOLD or name in _FULL
+    if name == b"meta":
+        # Its first box is a handler, in MP4 behind 4 bytes and in QuickTime not; libav looks for it
+        # anywhere.
+        for first in (body, body + 4):
+            if data[first + 4 : first + 8] == b"hdlr":
+                return first, end, _box
+        return body, end, _eight_bytes
+    if name in _MAY_HOLD:
+        return body, end, _eight_bytes
+    return body, end, _box if name in _HOLD else None
 
 
-def _element(data: bytes, at: int) -> tuple[int, int, bool] | None:
+def _eight_bytes(data: bytes, at: int) -> tuple[int, int, None]:
+    return at + 8, at + 8, None
+
+
+def _element(data: bytes, at: int) -> tuple[int, int, _Head | None] | None:
     size_at = at + _width(data[at], 4)
     if size_at >= len(data):
         return None
@@ -180,7 +196,7 @@ def _element(data: bytes, at: int) -> tuple[int, int, bool] | None:
     size = int.from_bytes(data[size_at:body]) & most
     # What is left open holds others, or else is damaged.
     end = len(data) if size == most else body + size
-    return body, end, size == most or data[at:size_at] in _MASTERS
+    return body, end, _element if size == most or data[at:size_at] in _MASTERS else None
 
 
 def _width(first: int, most: int) -> int:
