@@ -175,6 +175,7 @@ def counter(add_task):
         pytest.param({"per_request": 2}, {"num_images": 3}, 3, 2, id="each-request"),
         pytest.param({"per_image": 2}, {"num_images": 3}, 1, 6, id="images"),
         pytest.param({"per_image": 2}, {}, 4, 8, id="images-of-a-batch"),
+        pytest.param({"per_image": 0.1}, {"num_images": 3}, 1, 0.3, id="no-more-than-the-sum"),
         pytest.param({"per_1k_tokens": 4}, {"used_tokens": 250}, 1, 1, id="tokens"),
         pytest.param({"per_1k_tokens": 0.1}, {"used_tokens": 1}, 1, 0.001, id="rounded-up"),
         pytest.param({"per_audio_minute": 6}, {"seconds": 30}, 1, 3, id="audio"),
@@ -335,6 +336,13 @@ def test_what_began_to_run_is_paid_for_whatever_its_status(
     assert answer.status_code == status or (stream and b"event: error" in answer.data)
     assert left(client) == 100 - units
     assert client.get("/crane/quota").json["concurrency"]["running"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_model_refuses_costs_a_unit_at_least(metered, add_task, stream):
+    client = metered(entries=[{**add_task("fails", RefusesTheLast), "cost": {"per_image": 3}}])
+    run(client, "fails", stream=stream)
+    assert left(client) == 99
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -46,17 +46,48 @@ def test_what_comes_during_a_query_is_looked_up_together_by_the_next():
     assert [len(batch) for batch in table.batches] == [1, 61]
 
 
+def test_an_id_is_in_its_query_or_in_the_next_one():
+    table = Table("late")
+    lookups = Lookups(table.read, limit_s=10)
+
+    class Slow(set):
+        def add(self, id_):
+            table.gate.set()  # so that the query's turn comes now
+            wait_until_read(0.2)
+            super().add(id_)
+
+    def wait_until_read(timeout_s):
+        with suppress(AssertionError):
+            wait_for(lambda: len(table.batches) == 2, timeout_s)
+
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(lookups.get, "first")
+        wait_for(lambda: table.batches)
+        leader = threads.submit(lookups.get, "leader")
+        wait_for(lambda: lookups._next)
+        lookups._next.ids = Slow(lookups._next.ids)
+        assert threads.submit(lookups.get, "late").result(10) == {"id": "late"}
+        assert first.result(10) is leader.result(10) is None
+
+
 def test_a_query_that_fails_is_told_to_all_who_wait_for_it_and_the_next_is_made():
-    faults = [OSError("away"), None]
+    gate, faults = threading.Event(), [None, OSError("away")]
 
     def read(ids):
-        if fault := faults.pop(0):
+        assert gate.wait(20)
+        if fault := faults.pop(0) if faults else None:
             raise fault
         return {id_: {} for id_ in ids}
 
     lookups = Lookups(read, limit_s=10)
-    with pytest.raises(OSError, match="away"):
-        lookups.get("a")
+    with ThreadPoolExecutor(4) as threads:
+        first = threads.submit(lookups.get, "first")
+        wait_for(lambda: lookups._turn.locked() and lookups._next is None)
+        others = [threads.submit(lookups.get, f"other-{number}") for number in range(3)]
+        wait_for(lambda: lookups._next is not None and len(lookups._next.ids) == 3)
+        gate.set()
+        assert first.result(10) == {}
+        assert {type(one.exception(10)) for one in others} == {OSError}
     assert lookups.get("a") == {}
 
 

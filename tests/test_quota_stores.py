@@ -376,6 +376,15 @@ def test_processes_that_have_but_their_memory_pass_no_limit_by_a_unit_each(clock
     assert 5 <= let_in < 5 + processes
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_nor_do_they_have_more_calls_at_once(clock, processes):
+    stores = [MemoryStore(processes, now=clock) for _ in range(processes)]
+    let_in = sum(
+        admitted(store, 8, tier=tiers("free 100/minute concurrency=3")["free"]) for store in stores
+    )
+    assert 3 <= let_in < 3 + processes
+
+
 def test_callers_of_whom_nothing_is_left_leave_the_memory(clock):
     store = MemoryStore(now=clock)
     for number in range(50):

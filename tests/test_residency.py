@@ -21,6 +21,7 @@ from backend.adapters.echo import Echo
 from backend.config import Config
 from backend.engine import residency
 from backend.engine.calls import Call, Job
+from backend.engine.stay import Stay
 from backend.errors import ModelUnavailable
 from backend.keys import Keys
 from backend.models import run_model
@@ -450,6 +451,13 @@ def test_the_last_call_of_a_caller_decides(make_app, sized):
     run(client, "a")
     time.sleep(0.2)
     assert state(client, "a") == "ready"
+
+
+def test_callers_who_want_a_model_no_more_are_forgotten():
+    stay = Stay()
+    for number in range(1000):
+        stay.use(f"caller {number}", now=number, stay_s=0.5)
+    assert stay._until == {"caller 999": 999.5}
 
 
 def test_an_entry_bounds_how_long_its_model_may_be_kept(make_app, sized):

@@ -196,3 +196,49 @@ def test_an_engine_that_is_still_starting_is_left_alone(monkeypatch):
         keeper.end()
         thread.join(10)
     assert len(set(looks)) == 1
+
+
+def test_an_engine_that_cannot_be_started_is_tried_again(monkeypatch, capsys):
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
+    keeper = supervisor.Supervisor(["/nowhere/python"], "cpu", lambda: None, hang_timeout_s=60)
+    tries = []
+
+    def start(start=keeper._start):
+        tries.append(1)
+        if len(tries) == 3:  # there is memory again, say
+            keeper._command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        return start()
+
+    monkeypatch.setattr(keeper, "_start", start)
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    try:
+        wait_for(lambda: keeper._engine is not None or not thread.is_alive())
+    finally:
+        keeper.end()
+        thread.join(10)
+    assert (len(tries), keeper._engine.returncode) == (3, 0)
+
+
+def test_an_engine_that_ends_may_take_its_time(monkeypatch):
+    monkeypatch.setattr(supervisor, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(supervisor, "MIN_SILENCE_S", 0.01)
+    looks = []
+
+    def look():
+        """As long as the engine is not to end, it answers."""
+        looks.append(keeper._ending.is_set())
+        if keeper._ending.is_set():
+            raise ModelUnavailable("The engine is not running.")
+
+    command = [sys.executable, "-c", "import sys, time; sys.stdin.read(); time.sleep(0.5)"]
+    keeper = supervisor.Supervisor(command, "cpu", look, hang_timeout_s=0.01)
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    try:
+        wait_for(lambda: looks)
+    finally:
+        keeper.end()
+        thread.join(10)
+    assert any(looks)
+    assert keeper._engine.returncode == 0
