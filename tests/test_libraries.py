@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -112,3 +113,38 @@ def test_an_engine_imports_the_libraries_at_its_start_where_a_model_needs_them(g
     else:
         wait_for(has_torch, timeout_s=60)
     assert server.get("/crane/models/echo")[1]["state"] == "ready"
+
+
+GROWTH = """
+import os, sys, psutil
+from backend.config import Config
+from backend.engine.engine import Engine
+from backend.registry import Registry
+
+Engine(Config.from_env(), Registry([]))
+import torch
+
+layer = torch.nn.Linear(64, 256, dtype=torch.bfloat16)
+with torch.inference_mode():
+    layer(torch.ones(1, 64, dtype=torch.bfloat16))
+    before = psutil.Process().memory_info().rss
+    for rows in range(1, 801):
+        layer(torch.ones(rows, 64, dtype=torch.bfloat16))
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_kernels_of_shapes_that_do_not_come_again_leave():
+    """Each shape of a layer's inputs has one; an operator may have more of them kept."""
+
+    def growth(**settings):
+        env = os.environ | {"CRANE_QUOTA": "off"} | settings
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH], cwd=ROOT, env=env, capture_output=True, check=True
+        )
+        return int(done.stdout)
+
+    kept = growth(**dict.fromkeys(libraries.KERNEL_CACHES, "1024"))
+    if kept < 100_000_000:
+        pytest.skip("this processor's kernels are small")
+    assert growth() < 0.5 * kept

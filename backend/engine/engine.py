@@ -43,10 +43,8 @@ class Engine:
         """
         self._devices = Devices(config.devices, index)
         self._devices.keep_to()
-        # Read by the libraries when they are first imported, which is when a model loads.
         self._threads = config.engine_threads[0]
-        os.environ["OMP_NUM_THREADS"] = str(self._threads)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads wait for one core
+        libraries.set_up(self._threads)
         self._registry = registry
         self._encoder = Encoder()
         self._pool = WorkerPool(ADAPTERS, config, self._devices, on_defunct)
