@@ -22,6 +22,7 @@ def create_app(config: Config | None = None) -> Flask:
     from backend.callers import Callers
     from backend.config import Config
     from backend.engine.connect import connect
+    from backend.held_bodies import HeldBodies
     from backend.keys import Keys
     from backend.media.reader import MediaReader
     from backend.meter import Meter
@@ -52,6 +53,7 @@ def create_app(config: Config | None = None) -> Flask:
         callers=Callers(config, keys),
         meter=meter,
         places=places,
+        bodies=HeldBodies(config.max_bodies),
     )
     if config.trusted_proxies:
         from werkzeug.middleware.proxy_fix import ProxyFix

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import orjson
-from flask import Response, current_app, request
+from flask import Response, current_app, g, request
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from backend.bounds import check_body
@@ -29,7 +29,7 @@ HEADER_TEXT = 200  # characters of one option's text in X-Crane-Metadata
 def request_body() -> Any:
     """The request's JSON or form; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
     if request.is_json:
-        return json_of(request.get_data(), "body")
+        return json_of(_body_bytes(), "body")
     if request.mimetype == FORM:
         return form_body()
     raise _not_sent_as(f"{JSON}, or files as {FORM}")
@@ -39,7 +39,14 @@ def json_body() -> Any:
     """The request's JSON; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
     if not request.is_json:
         raise _not_sent_as(JSON)
-    return json_of(request.get_data(), "body")
+    return json_of(_body_bytes(), "body")
+
+
+def _body_bytes() -> bytes:
+    """The body, which nothing keeps: its values take as much again."""
+    data = request.get_data(cache=False)
+    g.body_bytes = len(data)
+    return data
 
 
 def form_lists() -> dict[str, Any]:

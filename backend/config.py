@@ -232,6 +232,7 @@ class Config:
     max_connections: int = _setting("MAX_CONNECTIONS", whole(1, 100_000), 256)
     max_unsent: int = _setting("MAX_UNSENT", size, 256 * 2**20)
     max_body: int = _setting("MAX_BODY", size, 32 * 2**20)
+    max_bodies: int = _setting("MAX_BODIES", size, 512 * 2**20)
     max_batch: int = _setting("MAX_BATCH", whole(1, 100_000), 256)
     max_text: int = _setting("MAX_TEXT", whole(1, 100_000_000), 1_000_000)
     data_dir: Path = _setting("DATA_DIR", path, Path(".crane"))

@@ -18,6 +18,7 @@ from backend.config import Config
 from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import EngineClient
 from backend.errors import MAX_FAULTS, CraneError, InvalidRequest, NotAcceptable, Overloaded
+from backend.held_bodies import HeldBodies
 from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
@@ -40,6 +41,7 @@ class Crane:
     callers: Callers
     meter: Meter
     places: BoundedSemaphore
+    bodies: HeldBodies
 
     def take_permit(self) -> None:
         """Take one of this process's ``CRANE_THREADS`` permits; raises ``Overloaded`` at once.

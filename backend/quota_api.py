@@ -65,7 +65,17 @@ def hold(readers: Mapping[str, Reader]) -> None:
         spec = known.spec = find_model(caller, parts.registry, model_id)
         return spec
 
+    known.held_bytes = parts.bodies.take(caller.subject, _most_bytes(asking, parts.config.max_body))
     known.body = readers[endpoint](find)
+    if asking.content_length is None:  # it came in chunks, and how many is known by now
+        surplus = max(0, known.held_bytes - known.get("body_bytes", known.held_bytes))
+        parts.bodies.release(caller.subject, surplus)
+        known.held_bytes -= surplus
+
+
+def _most_bytes(asking: Request, max_body: int) -> int:
+    length = asking.content_length
+    return max_body if length is None else min(length, max_body)
 
 
 def end(error: BaseException | None) -> None:
@@ -78,6 +88,7 @@ def end(error: BaseException | None) -> None:
 def release_permit(parts: Crane, known: Any) -> None:
     if known.pop("has_permit", False):
         parts.release_permit()
+        parts.bodies.release(known.caller.subject, known.get("held_bytes", 0))
 
 
 def settle(response: Response) -> Response:

@@ -30,7 +30,7 @@ LAYERS = [
         "backend.sse",
         "backend.tool_calls",
     ],
-    ["backend.messages", "backend.replies", "backend.data_folder"],
+    ["backend.held_bodies", "backend.messages", "backend.replies", "backend.data_folder"],
     ["backend.channel"],
     ["backend.media.fetch", "backend.quota.tiers"],
     ["backend.quota", "backend.quota.costs", "backend.quota.decisions"],
