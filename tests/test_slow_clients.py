@@ -11,7 +11,10 @@ import threading
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
+from gunicorn.config import Config
 
+from backend.server.connections import Connection, Limits, Waiting
+from backend.server.sockets import ClientSocket, Pace
 from tests.conftest import ECHO, write_models
 from tests.serving import Gunicorn, wait_for
 
@@ -202,6 +205,35 @@ def test_unread_responses_take_so_much_memory_and_no_more(gunicorn):
     with clients(server, 5, echo(6_000_000)):
         wait_for(lambda: dropped(server, "crowded") == 4, timeout_s=60)
         assert server.run()[0] == 200
+
+
+def test_a_response_counts_whole_until_its_last_byte_is_taken():
+    pace = Pace(30, 1)
+    waiting = Waiting()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        for _ in range(2):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # what the kernel keeps
+            client.connect(listener.getsockname())
+            accepted, address = listener.accept()
+            sock = stack.enter_context(ClientSocket(accepted, pace))
+            sock.sendall(bytes(6_000_000))
+            left = 4_000_000
+            while left > 0:
+                left -= len(client.recv(left))
+                sock.flush()
+            connection = Connection(
+                Config(), sock, address, listener.getsockname(), Limits(pace, 1, 1, 1)
+            )
+            connection.wait_for_client_to_take()
+            assert 0 < sock.unsent <= 2_000_000
+            waiting.add(connection)
+        assert waiting.oldest_unsent(11_999_999) is not None
+        assert waiting.oldest_unsent(12_000_000) is None
+        while sock.unsent:
+            assert client.recv(65536)
+            sock.flush()
+        assert sock.held == 0
 
 
 def test_an_address_has_so_many_connections_and_its_oldest_idle_one_makes_room(gunicorn):

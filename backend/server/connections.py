@@ -190,7 +190,7 @@ class Waiting:
     def __init__(self) -> None:
         self._by_address: dict[str, dict[Connection, None]] = {}  # in order of their coming
         self._unsent: Counter[str] = Counter()  # bytes, by address
-        self._held: dict[Connection, int] = {}  # bytes of a response that its client does not take
+        self._held: dict[Connection, int] = {}  # bytes of a response that its client has not taken
 
     def __iter__(self) -> Iterator[Connection]:
         for connections in list(self._by_address.values()):
@@ -205,8 +205,8 @@ class Waiting:
     def add(self, connection: Connection) -> None:
         self._by_address.setdefault(connection.address, {})[connection] = None
         if connection.state is State.UNSENT:
-            self._held[connection] = connection.sock.unsent
-            self._unsent[connection.address] += connection.sock.unsent
+            held = self._held[connection] = connection.sock.held
+            self._unsent[connection.address] += held
 
     def remove(self, connection: Connection) -> None:
         of_address = self._by_address[connection.address]

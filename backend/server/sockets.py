@@ -53,6 +53,11 @@ class ClientSocket(socket.socket):
         self._taken = 0  # bytes, while we waited
         self.unsent = 0  # bytes
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory: a response stays there whole until its last byte is sent."""
+        return sum(memoryview(view.obj).nbytes for view in self._unsent)
+
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send what goes at once and keep the rest.
 
