@@ -11,12 +11,15 @@ from queue import SimpleQueue
 import pytest
 
 from backend.adapters.echo import Echo
+from backend.config import Config
 from backend.engine import supervisor, turns, watchdog
 from backend.engine.calls import Answer, Call
+from backend.engine.remote import RemoteEngine
 from backend.errors import ModelUnavailable
-from tests.conftest import ECHO, run
+from tests.conftest import ECHO, run, write_models
 from tests.serving import wait_for
 from tests.test_residency import state
+from tests.test_wire import answers
 
 TIMES = {"request_timeout_s": 0.2, "hang_timeout_s": 0.2, "load_timeout_s": 0.3}
 
@@ -242,3 +245,46 @@ def test_an_engine_that_ends_may_take_its_time(monkeypatch):
         thread.join(10)
     assert any(looks)
     assert keeper._engine.returncode == 0
+
+
+# Stops for good at its first start, before it has imported anything of ours.
+STOPS_AT_ONCE = """
+import os, pathlib, runpy, signal, sys
+try:
+    pathlib.Path(sys.argv.pop(1)).touch(exist_ok=False)
+except FileExistsError:
+    runpy.run_module("backend.engine.server", run_name="__main__")
+else:
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_an_engine_that_hangs_as_it_starts_is_killed_and_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(supervisor, "MIN_SILENCE_S", 30)
+    monkeypatch.setattr(supervisor, "START_S", -31)
+    begun = tmp_path / "begun"
+    settings = {
+        "CRANE_MODELS": str(write_models(tmp_path, [ECHO])),
+        "CRANE_ENGINE": "process",
+        "CRANE_ENGINE_SOCKET": str(tmp_path / "engine.sock"),
+        "CRANE_DEVICES": "cpu",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    remote = RemoteEngine(Config.from_env(), start_s=0)
+    command = [sys.executable, "-c", STOPS_AT_ONCE, str(begun), "0"]
+    keeper = supervisor.Supervisor(command, "cpu", remote.look, hang_timeout_s=0.1)
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    try:
+        wait_for(begun.exists, 60)
+        assert keeper._engine.wait(20) == -signal.SIGKILL
+        monkeypatch.setattr(supervisor, "START_S", 60)  # for the next ones, which are sound
+        wait_for(lambda: answers(remote), 60)
+    finally:
+        for name in settings:
+            monkeypatch.delenv(name)
+        keeper.end()
+        thread.join(30)
+    assert not thread.is_alive()

@@ -8,7 +8,6 @@ every child it sees.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -28,9 +27,12 @@ LAST_PAUSE_S = 30.0
 STEADY_S = (
     60.0  # an engine that lived this long did not fail at its start: no pause before the next
 )
-# Between looks at an engine. One that has answered, and then does not for so long, hangs: a thread
-# of it holds the interpreter, so that its own watchdog cannot help.
+# Between looks at an engine. One that does not answer for so long hangs: a thread of it holds the
+# interpreter, so that its own watchdog cannot help.
 HEARTBEAT_S, MIN_SILENCE_S = 5.0, 10.0
+# An engine's start takes half a second; a minute where the disk is slow, and the engine before it
+# may have twenty seconds to end.
+START_S = 80.0
 KILLED_S = 5.0  # that a killed engine has to be gone
 END_TIMEOUT_S = 20.0  # above the engine's own limit, so that it is killed only when stuck
 
@@ -76,7 +78,7 @@ class Supervisor:
 
     def _watch(self, engine: subprocess.Popen[bytes]) -> int:
         """The engine's exit status, once it has ended; one that hangs is killed."""
-        heard_at = math.inf  # what has never answered is still starting
+        heard_at = time.monotonic() + START_S
         while True:
             try:
                 return engine.wait(HEARTBEAT_S)
