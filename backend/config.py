@@ -233,6 +233,7 @@ class Config:
     max_unsent: int = _setting("MAX_UNSENT", size, 256 * 2**20)
     max_body: int = _setting("MAX_BODY", size, 32 * 2**20)
     max_bodies: int = _setting("MAX_BODIES", size, 512 * 2**20)
+    max_output: int = _setting("MAX_OUTPUT", size, 128 * 2**20)
     max_batch: int = _setting("MAX_BATCH", whole(1, 100_000), 256)
     max_text: int = _setting("MAX_TEXT", whole(1, 100_000_000), 1_000_000)
     data_dir: Path = _setting("DATA_DIR", path, Path(".crane"))
@@ -320,9 +321,10 @@ class Config:
         """Bytes of one message between an HTTP worker and an engine, either way.
 
         It is above what any call has that the other settings allow: of a body's bytes msgpack
-        makes at most three times as many, for ``1e1,`` takes nine.
+        makes at most three times as many, for ``1e1,`` takes nine. An answer has no more than its
+        outputs as JSON.
         """
-        return self.max_media_bytes + 4 * self.max_body + 2**26
+        return max(self.max_media_bytes + 4 * self.max_body, self.max_output) + 2**26
 
     @property
     def engine_file(self) -> Path:

@@ -15,11 +15,14 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import orjson
 
 from backend.media import Media
 
 BESIDE = 65536  # bytes; what is smaller costs less as a copy than as a part
 MAX_DIMENSIONS = 8
+# What a dict of two or three short values takes beside its JSON, such as a token's log probability.
+OBJECT_BYTES = 400
 
 # msgpack's codes for extension types of ours. The head of each says what it is; then come its
 # bytes, or none where they are a part of their own, whose index the head has.
@@ -51,6 +54,34 @@ def unpack(parts: Sequence[Part]) -> Any:
         raise
     except Exception as error:  # msgpack's errors have no common parent, and hooks raise others
         raise BadMessage(f"it is not msgpack as we write it: {error!r:.200}") from None
+
+
+def weight(value: Any) -> int:
+    """About how many bytes a value takes, as JSON and as Python's objects.
+
+    It is its JSON, of which none is made here of arrays and files, and ``OBJECT_BYTES`` for each
+    object. Raises ``TypeError`` for what does not travel.
+    """
+    beside = 0
+
+    def other(one: Any) -> Any:
+        nonlocal beside
+        if isinstance(one, np.ndarray):
+            # 255 has three digits, and most of float32 up to 12 characters; so has a float16.
+            narrow = 4 if one.dtype.kind == "f" else 1
+            beside += one.size * (3 * max(one.itemsize, narrow) + 1)
+            return None
+        if isinstance(one, Media):
+            beside += 4 * len(one.data) // 3 + 64  # base64, and the object around it
+            return one.mime_type
+        if isinstance(one, np.generic):
+            return one.item()
+        raise TypeError(f"{type(one).__name__} does not travel between processes")
+
+    options = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+    data = orjson.dumps(value, default=other, option=options)
+    objects = data.count(b'{"')  # which no text has, where a quote has a backslash before it
+    return len(data) + OBJECT_BYTES * objects + beside
 
 
 def _pack_other(parts: list[Part], value: Any) -> Any:

@@ -27,7 +27,7 @@ from backend.registry import Registry
 from backend.schemas import UNCHECKED, load
 from backend.tasks import TASKS, Task
 from backend.tasks.base import MAX_SEED
-from backend.tasks.usage import measured, most_usage
+from backend.tasks.usage import check_logprobs, measured, most_usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +185,9 @@ class Asked:
 
         Raises ``InvalidRequest``, and what ``Charge.reserve`` does.
         """
-        inputs = load_inputs(
-            self._config, self._task, self._input, self._options, reading, repeat=self._repeat
-        )
+        task, options, repeat = self._task, self._options, self._repeat
+        inputs = load_inputs(self._config, task, self._input, options, reading, repeat=repeat)
+        check_logprobs(task, inputs, options, repeat, self._config.max_output)
         self._reserve(inputs)
         self._seeds = draw_seeds(self._task, self._options, len(inputs) * self._repeat)
         return Call(

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from backend.engine.batch_queue import BatchQueue
-from backend.engine.calls import Call, Job
+from backend.engine.calls import Call
+from backend.engine.jobs import Job
 
 
 def job(caller, count=1, **options):

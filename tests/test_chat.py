@@ -15,7 +15,8 @@ from backend.adapters.base import Batch
 from backend.adapters.chat import Chat
 from backend.adapters.completion import Completion
 from backend.config import Config
-from backend.engine.calls import Call, Event, Job
+from backend.engine.calls import Call, Event
+from backend.engine.jobs import Job
 from backend.registry import Registry
 from backend.replies import Reply, marks_of
 from tests.checkpoints import THINKER_SAYS, THINKER_TEMPLATE, checkpoint

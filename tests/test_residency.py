@@ -20,7 +20,8 @@ from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
 from backend.config import Config
 from backend.engine import residency
-from backend.engine.calls import Call, Job
+from backend.engine.calls import Call
+from backend.engine.jobs import Job
 from backend.engine.stay import Stay
 from backend.errors import ModelUnavailable
 from backend.keys import Keys

@@ -14,6 +14,7 @@ from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
 from backend.adapters.plain import plain
 from backend.adapters.transformers_base import quiet
+from backend.adapters.words import bound_words
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 
 
@@ -57,6 +58,7 @@ class GenericPipeline(Adapter):
                 why = f"It needs {missing}, which is not installed here."
                 raise ModelUnavailable(why) from error
             raise
+        bound_words(self.pipeline.tokenizer)
         model = self.pipeline.model
         if call.model_types and model.config.model_type not in call.model_types:
             raise ModelUnavailable(

@@ -10,6 +10,7 @@ from backend.adapters.hub import pick_device
 from backend.adapters.long_texts import readable
 from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet, too_long
+from backend.adapters.words import bound_words
 from backend.errors import CraneError, InvalidRequest, ModelUnavailable
 
 
@@ -30,6 +31,7 @@ class SentenceTransformersAdapter(Adapter):
             weights, device=self.device, model_kwargs=how, **revision
         )
         self.model.eval()
+        bound_words(self.model.tokenizer)
         transformer = self.model.transformers_model
         if transformer is None:
             raise ModelUnavailable("Its first module is no transformer, which Crane needs.")

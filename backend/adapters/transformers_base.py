@@ -9,6 +9,7 @@ from backend.adapters.hub import pick_device
 from backend.adapters.long_texts import or_more, readable
 from backend.adapters.memory import dtype_name, quantize
 from backend.adapters.packing import keep_packed
+from backend.adapters.words import bound_words
 from backend.errors import InvalidRequest
 
 
@@ -26,6 +27,7 @@ class TransformersAdapter(Adapter):
         self.device = pick_device(self.device)
         trust = {k: v for k, v in self.spec.load_kwargs.items() if k == "trust_remote_code"}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **trust)
+        bound_words(self.tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         how = {"dtype": self.wanted_dtype(self.device), **revision, **self.spec.load_kwargs}

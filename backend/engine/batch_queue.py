@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 
-from backend.engine.calls import Item, Job
+from backend.engine.jobs import Item, Job
 
 
 class BatchQueue:

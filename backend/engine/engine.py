@@ -12,9 +12,10 @@ from typing import Any
 from backend.adapters import ADAPTERS
 from backend.config import Config
 from backend.engine import libraries
-from backend.engine.calls import Answer, Call, Event, Job
+from backend.engine.calls import Answer, Call, Event
 from backend.engine.devices import Devices
 from backend.engine.encoder import Encoder
+from backend.engine.jobs import Job
 from backend.engine.placement import homes
 from backend.engine.pool import WorkerPool
 from backend.errors import CraneError
@@ -46,7 +47,7 @@ class Engine:
         self._threads = config.engine_threads[0]
         libraries.set_up(self._threads)
         self._registry = registry
-        self._encoder = Encoder()
+        self._encoder = Encoder(config.max_output)
         self._pool = WorkerPool(ADAPTERS, config, self._devices, on_defunct)
 
     def load_pinned(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from backend import metrics
 from backend.adapters.base import Prediction
-from backend.engine.calls import Item
+from backend.engine.jobs import Item
 from backend.errors import CraneError
 
 

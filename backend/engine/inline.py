@@ -12,9 +12,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from backend.config import Config
-from backend.engine.calls import Answer, Call, Event, Job
+from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import HUNG_UP, SingleEngine, caller_gone
 from backend.engine.engine import Engine
+from backend.engine.jobs import Job
 from backend.errors import CraneError
 from backend.registry import Registry
 

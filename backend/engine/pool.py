@@ -9,8 +9,9 @@ from collections.abc import Callable
 from backend.adapters import footprint
 from backend.adapters.base import Adapter
 from backend.config import Config
-from backend.engine.calls import Job, ModelStatus
+from backend.engine.calls import ModelStatus
 from backend.engine.devices import Devices
+from backend.engine.jobs import Job
 from backend.engine.residency import Residency
 from backend.engine.watchdog import Watchdog
 from backend.engine.worker import Worker

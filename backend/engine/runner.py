@@ -11,9 +11,9 @@ from typing import Any
 from backend import metrics
 from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.engine import libraries, turns
-from backend.engine.calls import Item
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.feed import Feed
+from backend.engine.jobs import Item
 from backend.errors import CraneError, InternalError, OutOfMemory
 
 logger = logging.getLogger("crane.engine")

@@ -25,9 +25,10 @@ from backend import logs
 from backend.channel import Channel, MessageTooLarge
 from backend.config import Config
 from backend.engine import file_lock, wire
-from backend.engine.calls import Answer, Call, Event, Job
+from backend.engine.calls import Answer, Call, Event
 from backend.engine.engine import CLOSE_TIMEOUT_S, Engine
-from backend.errors import CraneError, InternalError, ModelUnavailable, PayloadTooLarge
+from backend.engine.jobs import Job
+from backend.errors import CraneError, InternalError, ModelUnavailable
 from backend.messages import BadMessage, Part
 from backend.registry import Registry
 
@@ -206,13 +207,6 @@ class Server:
             self._jobs[caller] = None
             try:
                 self._send(caller, wire.pack_answer(call_id, answer))
-            except MessageTooLarge as error:
-                logger.warning("an output could not be sent: %s", error)
-                too_large = PayloadTooLarge(
-                    "The output is too large to be sent. Ask for less in one call: fewer inputs, "
-                    "or smaller outputs."
-                )
-                self._send(caller, wire.pack_answer(call_id, too_large))
             except Exception:
                 logger.exception("an output could not be sent")
                 self._send(caller, wire.pack_answer(call_id, InternalError()))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from backend.engine import turns
-from backend.engine.calls import Item
+from backend.engine.jobs import Item
 
 logger = logging.getLogger("crane.engine")
 

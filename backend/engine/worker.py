@@ -21,11 +21,12 @@ from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine import libraries, turns
 from backend.engine.batch_queue import BatchQueue
-from backend.engine.calls import COMING, Item, Job, ModelStatus, State
+from backend.engine.calls import COMING, ModelStatus, State
 from backend.engine.devices import Devices
 from backend.engine.faults import DeviceBroken, is_broken_device, is_out_of_memory
 from backend.engine.feed import Feed
 from backend.engine.fetch import Fetch
+from backend.engine.jobs import Item, Job
 from backend.engine.residency import Residency
 from backend.engine.runner import Runner, group_of, waited_for
 from backend.engine.stay import Stay

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backend.bounds import text_size
+from backend.errors import InvalidRequest
+from backend.messages import OBJECT_BYTES
 
 if TYPE_CHECKING:
     from backend.tasks.base import Task
@@ -32,6 +34,7 @@ WHISPER_TOKENS = 448  # at most, for each window
 SOUND_S = 60.0  # of what is composed, where nobody says how long
 FILM_S = 10.0  # likewise; today's models make 2 to 8 s
 LEAST_FPS = 5.0  # of a film whose number of frames alone is known
+LOGPROB_BYTES = OBJECT_BYTES + 64  # of one token and its log probability, as ``weight`` has it
 ANSWER_TOKENS = 20  # of visual question answering, where nobody says how many
 
 
@@ -91,6 +94,19 @@ def most_usage(
         _add(total, {"input_tokens": read})
         _add(total, {**measured(one), **task.makes(one, options)})
     return count, {name: repeat * used for name, used in total.items()}
+
+
+def check_logprobs(
+    task: Task, inputs: list[Any], options: Mapping[str, Any], repeat: int, max_output: int
+) -> None:
+    """Refuse more log probabilities than an answer has room for: ``InvalidRequest``."""
+    if (tops := options.get("top_logprobs")) is None:
+        return
+    tokens = repeat * sum(int(task.makes(one, options)["output_tokens"]) for one in inputs)
+    if (comes_to := tokens * (tops + 1) * LOGPROB_BYTES) > max_output:
+        fault = f"comes to {comes_to} bytes with {tokens} tokens in all, and {max_output} are the "
+        fault += "most (CRANE_MAX_OUTPUT); lower it, max_tokens, or the number of completions"
+        raise InvalidRequest.of({"options.top_logprobs": fault})
 
 
 def measured(value: Any) -> dict[str, float]:
