@@ -119,9 +119,31 @@ def test_a_download_that_hangs_costs_its_model_and_not_the_engine(make_app, stuc
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
     assert "not there after 0.5 s; the download goes on" in answer.json["error"]["message"]
     assert (state(client), run(client).status_code) == ("failed", 200)
-    order(client, "unload")
+    assert kind.waits.acquire(blocking=False)
+    order(client, "load")
+    wait_for(lambda: state(client) == "failed")  # again
+    assert not kind.waits.acquire(blocking=False)  # the first one fetches the same files still
     kind.gate.set()
     order(client, "load")
+    wait_for(lambda: state(client) == "ready")
+
+
+def test_what_cannot_be_fetched_is_not_loaded(make_app, add_task):
+    loaded = []
+
+    class Away(Echo):
+        weight_files = {}
+
+        def fetch(self):
+            raise OSError("the Hub is away")
+
+        def load(self):
+            loaded.append(self)
+
+    client = make_app([add_task("away", Away) | {"hf_model": "of/model"}]).test_client()
+    answer = run(client, "away")
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
+    assert loaded == []
 
 
 def test_what_can_never_fit_is_not_downloaded(make_app, add_task):

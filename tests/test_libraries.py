@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -69,6 +70,58 @@ def test_a_library_is_seen_when_it_is_whole(tmp_path, monkeypatch):
 
 
 begun, go_on = threading.Event(), threading.Event()
+
+
+@pytest.fixture
+def held():
+    """Another thread loads until the event is set."""
+    gate, loads = threading.Event(), threading.Event()
+
+    def load():
+        with libraries.alone.hold("another"):
+            loads.set()
+            gate.wait(20)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert loads.wait(20)
+    yield gate
+    gate.set()
+    thread.join(20)
+
+
+def test_libraries_are_not_imported_while_another_thread_loads(held, tmp_path, monkeypatch):
+    (tmp_path / "a_small_library.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with ThreadPoolExecutor(1) as threads:
+        done = threads.submit(libraries.load, ["a_small_library"])
+        wait_for(lambda: len(libraries.alone._line) == 2)
+        assert "a_small_library" not in sys.modules
+        held.set()
+        done.result(20)
+    assert sys.modules.pop("a_small_library")
+
+
+def test_whoever_is_not_wanted_any_more_waits_no_longer(held):
+    def load():
+        with libraries.alone.hold("a", lambda: False) as wanted:
+            return wanted
+
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            assert threads.submit(load).result(10) is False
+        finally:
+            held.set()
+
+
+def test_a_thread_that_loads_may_import_libraries():
+    looks = iter([True])
+    with (
+        libraries.alone.hold("a"),
+        libraries.alone.hold("the model libraries", lambda: next(looks, False)) as wanted,
+    ):
+        assert wanted
+    assert libraries.alone.holder is None
 
 
 @pytest.mark.parametrize("look", LOOKS)

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
 
 from backend import create_app
 from backend.adapters import compiler, grammar
-from backend.adapters.compiler import Abandoned, Compiler, SchemaRefused
+from backend.adapters.compiler import LENGTH, Abandoned, Compiler, SchemaRefused
 from backend.config import Config
 from backend.errors import InternalError, Overloaded
 from tests.checkpoints import checkpoint
@@ -168,6 +168,44 @@ def test_one_callers_schemas_are_compiled_one_at_a_time(own, monkeypatch):
         gone.result(20)
 
 
+def test_two_callers_who_come_at_once_have_a_process_each(own, monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_PROCESSES", 2)
+    gate = threading.Event()
+
+    def submit(caller, build):
+        return own.submit('{"type": "null"}', build, caller=caller, wanted=lambda: True)
+
+    submit("many", str).result(20)
+    wait_for(lambda: own._idle == 1)
+    with own._lock:  # both before the thread that waits has woken up
+        held = submit("many", lambda: gate.wait(20))
+        other = submit("few", lambda: "at once")
+    try:
+        assert other.result(20) == "at once"
+    finally:
+        gate.set()
+    assert held.result(20)
+
+
+def test_what_a_schema_came_to_is_remembered_of_those_that_were_used_last(own, monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_KNOWN", 2)
+    checked, check = [], compiler._Process.check
+    monkeypatch.setattr(
+        compiler._Process, "check", lambda self, one: checked.append(one) or check(self, one)
+    )
+    for name in "abacab":
+        schema = json.dumps({"const": name})
+        own.submit(schema, str, caller="", wanted=lambda: True).result(20)
+    assert [json.loads(one)["const"] for one in checked] == ["a", "b", "c", "b"]
+
+
+def test_a_process_knows_nothing_of_the_services_settings(own, monkeypatch):
+    monkeypatch.setenv("CRANE_DATABASE_URL", "a secret")
+    own.submit('{"type": "null"}', str, caller="", wanted=lambda: True).result(20)
+    [process] = processes()
+    assert [name for name in process.environ() if name.startswith("CRANE_")] == []
+
+
 @pytest.mark.parametrize(
     ("error", "seen"),
     [
@@ -187,35 +225,54 @@ def test_whatever_happens_as_a_schema_is_compiled_its_caller_has_an_answer(own, 
 
 LIMITED = """
 from backend import schema_process
-schema_process.MEMORY, schema_process.CPU_S = 2**24, {cpu_s}
+schema_process.{limit}
 schema_process.main()
 """
 
 
 @pytest.mark.parametrize(
-    ("cpu_s", "schema", "codes"),
+    ("limit", "schema", "codes", "answers"),
     [
-        (30, HOSTILE["multiples"], {-signal.SIGABRT, 0}),  # what Rust does, or an answer
-        (0.05, HOSTILE["multiples"], {-signal.SIGPROF}),
+        ("MEMORY = 2**24", HOSTILE["multiples"], {-signal.SIGABRT, 0}, ("", "MiB of memory")),
+        ("CPU_S = 0.05", HOSTILE["multiples"], {-signal.SIGPROF}, ("",)),
+        ("WALL_S = 0.05", HOSTILE["multiples"], {-signal.SIGALRM}, ("",)),
+        ("MAX_KEPT = -1", {"type": "null"}, {0}, ("MiB of memory",)),
     ],
 )
-def test_a_process_ends_at_its_limits_of_memory_and_time(cpu_s, schema, codes):
+def test_a_process_ends_at_its_limits_of_memory_and_time(limit, schema, codes, answers):
+    with started(LIMITED.format(limit=limit)) as (process, link):
+        answer = asked(link, schema)
+    assert process.wait(20) in codes
+    assert any(one in answer if one else not answer for one in answers)
+
+
+def test_a_process_that_has_kept_too_much_ends_once_it_has_answered():
+    with started(LIMITED.format(limit="MAX_LEFT = -1")) as (process, link):
+        assert asked(link, {"type": "null"}) == LENGTH.pack(0).decode()
+        assert process.wait(20) == 0
+
+
+@contextmanager
+def started(code):
+    """A process of its own, and this end of its socket."""
     mine, its = socket.socketpair()
     with mine, its:
         process = subprocess.Popen(
-            [sys.executable, "-c", LIMITED.format(cpu_s=cpu_s)],
+            [sys.executable, "-c", code],
             stdin=its.fileno(),
             stdout=its.fileno(),
             stderr=subprocess.DEVNULL,
             cwd=ROOT,
         )
         its.close()
-        data = json.dumps(schema).encode()
         mine.settimeout(30)
-        mine.sendall(compiler.LENGTH.pack(len(data)) + data)
-        answer = mine.recv(4096)
-    assert process.wait(20) in codes
-    assert not answer or b"MiB of memory" in answer
+        yield process, mine
+
+
+def asked(link, schema):
+    data = json.dumps(schema).encode()
+    link.sendall(LENGTH.pack(len(data)) + data)
+    return link.recv(4096).decode("latin-1")
 
 
 DIES = """
