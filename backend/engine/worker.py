@@ -17,6 +17,7 @@ from typing import Any
 from backend import metrics
 from backend.adapters import footprint
 from backend.adapters.base import Adapter, Prediction, too_late
+from backend.adapters.building import build_in_turns
 from backend.adapters.hub import release_memory
 from backend.adapters.progress import LoadWatch
 from backend.engine import libraries, turns
@@ -485,6 +486,7 @@ class Worker:
 
     def _load_in_time(self, adapter: Adapter) -> None:
         """Load; where the device has too little memory, once more after all idle models left."""
+        build_in_turns()
         try:
             with self._watch.limit("load", self._load_timeout_s):
                 try:
