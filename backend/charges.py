@@ -1,7 +1,8 @@
 """What one call is charged: a unit at first, then the most that it may come to, then what it did.
 
 A call costs what it used. One that began to run and has no receipt (it failed, or its caller left)
-costs the most that it could have come to; one that nothing ran of costs the unit.
+costs what was reserved, or what it had used by then if that is more: some of what is reserved is a
+guess. One that nothing ran of costs the unit.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ class Charge:
         self._due = self._cost.of(usage, self._inputs)
 
     def failed(self, error: CraneError) -> None:
-        """The engine gave an error for an answer."""
+        """The engine gave an error for an answer, or nobody waits for one any more."""
         if error.usage is None:  # nothing of it ran
             self._due = UNIT
-        elif isinstance(error, InvalidRequest):
-            self._due = max(UNIT, self._cost.of(error.usage, self._inputs))
+            return
+        least = UNIT if isinstance(error, InvalidRequest) else self._due
+        self._due = max(least, self._cost.of(error.usage, self._inputs))
 
     def settle(self) -> None:
         """Have the call cost what it is to, once, whatever became of it."""

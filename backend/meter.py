@@ -21,8 +21,7 @@ from backend.quota.redis import RedisStore
 from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import UNIT, Limit, Tier
 
-# Past a call's deadline: what it takes to read its body, and to be queued, answered and settled. A
-# worker that is killed holds its leases until then.
+# Past a call's deadline: what it takes to be answered and settled.
 LEASE_MARGIN_S = 15.0
 
 
@@ -44,7 +43,9 @@ class Meter:
 
     def __init__(self, config: Config) -> None:
         self._on_outage = config.quota_on_outage
-        self._lease_ms = int((config.request_timeout_s + LEASE_MARGIN_S) * 1000)
+        # A body may take as long to come as a call may then take, and no lease ends before its
+        # call. A worker that is killed holds its leases until then.
+        self._lease_ms = int((2 * config.request_timeout_s + LEASE_MARGIN_S) * 1000)
         sqlite = SqliteStore(config.data_dir / "quota.db")
         stores: list[Store] = [sqlite]
         if config.redis_url is not None:

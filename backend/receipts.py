@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from backend.engine.calls import Answer
+from backend.engine.calls import Answer, total
 
 
 def common(applied: list[dict[str, Any]]) -> dict[str, Any]:
@@ -21,10 +20,7 @@ def facts(answer: Answer, *, batched: bool) -> dict[str, Any]:
     for name in sorted({name for facts in answer.facts for name in facts}):
         values = [facts.get(name) for facts in answer.facts]
         told[name] = values if batched else values[0]
-    usage: Counter[str] = Counter()
-    for counts in answer.usage:
-        usage.update(counts)
-    told["usage"] = dict(usage)
+    told["usage"] = total(answer.usage)
     return told
 
 

@@ -14,11 +14,14 @@ from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
 from backend.engine import client as engine_client
 from backend.errors import InvalidRequest
+from backend.media.parts import ImageField
 from backend.quota.tiers import tiers
 from backend.schemas import Integer, Number
 from backend.tasks import TASKS
+from backend.tasks.examples import PICTURE
 from tests.conftest import ECHO, run
-from tests.serving import wait_for
+from tests.pictures import base64_of, picture
+from tests.serving import ROOT, wait_for
 
 
 @pytest.fixture
@@ -132,6 +135,8 @@ def test_bodies_are_read_within_the_calls_that_a_caller_may_have_at_once(gunicor
 
 
 # What is reserved, and what a good call costs in the end.
+
+LARGE = base64_of(picture(2800, 1400))  # 5,000 times 28 x 28 pixels
 
 
 def made(input_, options):
@@ -262,6 +267,39 @@ def test_what_is_reserved_is_the_most_that_a_call_may_come_to(
     assert left(client) == 99
 
 
+@pytest.mark.parametrize(
+    ("task", "input_", "options", "price", "units"),
+    [
+        pytest.param("embeddings", "x" * 96 + "🦩", {}, ("1k_tokens", 1000), 116, id="bytes"),
+        pytest.param(
+            "rerank",
+            {"query": "x" * 10, "documents": ["é" * 10, "x" * 90]},
+            {},
+            ("1k_tokens", 1000),
+            2 * (10 + 10 + 10 + 90) + 4 * 16,
+            id="the-text-that-has-most-bytes-a-character",
+        ),
+        pytest.param(
+            "image-text-to-text",
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": LARGE}]}]},
+            {"max_tokens": 1},
+            ("1k_tokens", 1000),
+            5000 + 1 + 37 + 5 * 16,
+            id="pixels",
+        ),
+        pytest.param("text-to-speech", "ho", {}, ("audio_minute", 60), 16.5, id="speech"),
+        pytest.param("text-to-video", "ho", {}, ("video_second", 1), 10, id="video"),
+        pytest.param("text-to-video", "ho", {"fps": 1}, ("video_second", 1), 161, id="slow-video"),
+    ],
+)
+def test_what_only_a_model_knows_is_guessed(metered, task, input_, options, price, units):
+    unit, cost = price
+    entry = {"id": "it", "type": task, "hf_model": "org/it", "cost": {f"per_{unit}": cost}}
+    refused = run(metered("free 1/hour", [entry]), "it", input_, options=options)
+    assert refused.status_code == 403, refused.json
+    assert f"costs up to {units} units" in refused.json["error"]["message"]
+
+
 def test_the_models_own_defaults_are_reserved_where_nothing_is_asked_for(metered, counter):
     entry = {**counter, "cost": {"per_1k_tokens": 10}, "options": {"max_tokens": 20_000}}
     refused = run(metered(entries=[entry]), "counter")
@@ -307,8 +345,10 @@ class DoesNotLoad(Echo):
 class RefusesTheLast(Echo):
     """Runs all inputs but the last of each call, each of them for two pictures."""
 
+    usage = {"images": 2}
+
     def predict(self, batch):
-        said = [Prediction(one.output, {"images": 2}) for one in super().predict(batch)]
+        said = [Prediction(one.output, self.usage) for one in super().predict(batch)]
         return [*said[:-1], InvalidRequest.of({"input": "is too long"})]
 
 
@@ -346,6 +386,17 @@ def test_what_a_model_refuses_costs_a_unit_at_least(metered, add_task, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_media_are_paid_for_where_a_model_refuses_one_of_a_batch(metered, add_task, stream):
+    """Also of a task whose adapter counts nothing itself: what was sent counts."""
+    refuses = type("Refuses", (RefusesTheLast,), {"usage": {}})
+    entry = {**add_task("fails", refuses, input=ImageField()), "cost": {"per_image": 2}}
+    client = metered(entries=[entry])
+    answer = run(client, "fails", [PICTURE] * 3, stream=stream)
+    assert answer.status_code == 400 or (stream and b"event: error" in answer.data)
+    assert left(client) == 100 - 3 * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_what_waited_for_others_until_its_time_was_over_costs_a_unit(metered, stream):
     client = metered(entries=[{**ECHO, "cost": 5, "max_batch_size": 1}], request_timeout_s=1)
     held = threading.Thread(target=run, args=(client,), kwargs={"options": {"delay_ms": 3000}})
@@ -374,6 +425,81 @@ def test_a_stream_that_nobody_reads_is_settled(metered, begins, monkeypatch):
     assert client.get("/crane/quota").json["concurrency"]["running"] == 1
     answer.close()
     assert (left(client), client.get("/crane/quota").json["concurrency"]["running"]) == (97, 0)
+
+
+def test_a_stream_that_is_left_before_its_model_is_free_costs_a_unit(metered, monkeypatch):
+    client = metered(entries=[{**ECHO, "cost": 3, "max_batch_size": 1}])
+    monkeypatch.setattr(engine_client, "IDLE_S", 0.02)
+    body = {"model_id": "echo", "input": 1, "options": {"delay_ms": 60_000}, "stream": True}
+    served = client.post("/crane/run", json=body)
+    assert b"event: start" in next(served.response)
+    waiting = client.post("/crane/run", json=body)
+    assert left(client) == 94
+    waiting.close()
+    assert left(client) == 100 - 3 - 1
+    served.close()
+    assert left(client) == 100 - 3 - 1
+
+
+def test_a_stream_is_settled_before_its_output_is_sent(metered):
+    """Its caller may take minutes to read that, longer than its lease lasts."""
+    client = metered(entries=[{**ECHO, "cost": {"per_1k_tokens": 1000}}])
+    answer = client.post("/crane/run", json={"model_id": "echo", "input": 1, "stream": True})
+    assert any(b"event: output" in part for part in answer.response)
+    assert client.get("/crane/quota").json["concurrency"]["running"] == 0
+    assert left(client) == 100
+    answer.close()
+
+
+OVERUSES = """
+import time
+from dataclasses import replace
+from backend.adapters import ADAPTERS
+from backend.adapters.base import Prediction
+from backend.adapters.echo import Echo
+from backend.tasks import TASKS
+
+class Overuses(Echo):
+    def predict(self, batch):
+        while batch.inputs == ["stay"] and not batch.abandoned():
+            time.sleep(0.01)
+        return [Prediction(one.output, {"images": 5}) for one in super().predict(batch)]
+
+TASKS["overuses"] = replace(
+    TASKS["echo"], name="overuses", makes=lambda input_, options: {"images": 1}
+)
+ADAPTERS["overuses"] = Overuses
+"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("engine", ["process", "inline"])
+def test_who_leaves_pays_what_was_used_where_less_was_reserved(gunicorn, tmp_path, engine, stream):
+    (tmp_path / "sitecustomize.py").write_text(OVERUSES)
+    entry = {"id": "it", "type": "overuses", "max_batch_size": 1, "cost": {"per_image": 1}}
+    server = gunicorn(
+        [entry],
+        CRANE_ENGINE=engine,
+        CRANE_QUOTA="on",
+        CRANE_TIERS="free 100/hour",
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )
+    body = json.dumps({"model_id": "it", "input": ["go", "go", "stay"], "stream": stream}).encode()
+
+    def is_at_the_last():
+        model = server.get("/crane/models/it")[1]
+        return model["running"] and not model["queue"]
+
+    def quota():
+        answer = server.get("/crane/quota")[1]
+        return answer["concurrency"]["running"], answer["limits"][0]["left"]
+
+    with send_head(server.port, len(body)) as caller:
+        caller.sendall(body)
+        wait_for(is_at_the_last)
+        assert quota() == (1, 97)
+    wait_for(lambda: quota()[0] == 0)
+    assert quota() == (0, 90)
 
 
 @pytest.mark.parametrize("engine", ["process", "inline"])

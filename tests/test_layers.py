@@ -54,7 +54,7 @@ LAYERS = [
     ["backend.registry"],
     ["backend.adapters.*"],
     ["backend.engine.*"],
-    ["backend.receipts"],
+    ["backend.inputs", "backend.receipts"],
     ["backend.models"],
     ["backend.visibility"],
     ["backend.openai.*"],

@@ -11,7 +11,7 @@ import pytest
 
 from backend.adapters import ADAPTERS, packing, zero_shot_image
 from backend.adapters.base import Batch
-from backend.models import load_inputs
+from backend.inputs import load_inputs
 from backend.tasks import TASKS
 from tests import (
     checkpoints,

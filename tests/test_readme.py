@@ -20,8 +20,8 @@ import backend.adapters
 from backend import tasks
 from backend.config import Config
 from backend.errors import ERRORS
+from backend.inputs import load_inputs
 from backend.media.reader import MediaReader
-from backend.models import load_inputs
 from backend.openai import ROUTES
 from backend.quota.costs import Cost
 from backend.registry import Registry

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -99,3 +100,11 @@ class ModelStatus:
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def total(usages: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The usage of several inputs together."""
+    counts: Counter[str] = Counter()
+    for usage in usages:
+        counts.update(usage)
+    return dict(counts)

@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -54,7 +54,8 @@ class EngineClient(ABC):
         None says that there was nothing for ``IDLE_S``. Raises ``DeadlineExceeded`` after
         ``call.timeout_s``; ``ModelLoading`` where the model is still loading after
         ``CRANE_LOAD_WAIT``; ``ClientClosedRequest`` once the other end of ``caller_socket`` is
-        closed. Whoever stops waiting, by closing the generator, frees the call's place.
+        closed. Whoever stops waiting, by closing the generator, frees the call's place; to throw a
+        ``CraneError`` into it does so too, and that is raised again with the call's ``usage``.
 
         A caller that has closed only its sending half, as ``nc -N`` does, counts as gone, as it
         does for nginx: it looks the same as one that has closed both.
@@ -150,8 +151,8 @@ class SingleEngine(EngineClient):
                     )
                 yield told
         except CraneError as error:
-            if not ended and self._has_begun(ticket):
-                error.usage = {}
+            if not ended:
+                error.usage = self._used(ticket)
             raise
         finally:
             if not ended:
@@ -178,8 +179,11 @@ class SingleEngine(EngineClient):
         """
 
     @abstractmethod
-    def _has_begun(self, ticket: Any) -> bool:
-        """Whether a call that is given up began to run; so it did where that is not known."""
+    def _used(self, ticket: Any) -> Mapping[str, float] | None:
+        """The usage of the inputs that were run of a call that is given up.
+
+        None where none has begun to run; empty where nothing is known.
+        """
 
     @abstractmethod
     def _cancel(self, ticket: Any) -> None:

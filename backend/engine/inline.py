@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -70,8 +71,10 @@ class InlineEngine(SingleEngine):
                 raise caller_gone()
         return None
 
-    def _has_begun(self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]) -> bool:
-        return ticket[0].begun
+    def _used(
+        self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]
+    ) -> Mapping[str, float] | None:
+        return ticket[0].usage
 
     def _cancel(self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]) -> None:
         ticket[0].cancel()

@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
@@ -16,7 +15,7 @@ import orjson
 
 from backend.adapters.base import Prediction, too_late
 from backend.adapters.numbers import has_nan, not_numbers
-from backend.engine.calls import Answer, Call, Event
+from backend.engine.calls import Answer, Call, Event, total
 from backend.errors import CraneError, InternalError, InvalidRequest, PayloadTooLarge
 from backend.messages import weight
 
@@ -78,11 +77,6 @@ class Job:
         self._cancelled = True
         self._end(error)
 
-    @property
-    def begun(self) -> bool:
-        """Whether any of its inputs began to run."""
-        return self._begun
-
     def begin(self, about: Mapping[str, Any], timings_ms: Mapping[str, float]) -> None:
         """Tell a call that streams that the first of its inputs begins to run."""
         begun, self._begun = self._begun, True
@@ -98,18 +92,17 @@ class Job:
             if self._ended:
                 return
             self._ended = True
-        self._tell(self._with_usage(answer) if isinstance(answer, CraneError) else answer)
+        if isinstance(answer, CraneError) and self._begun:
+            answer = copy(answer)  # which may be that of other calls, too
+            answer.usage = self.usage
+        self._tell(answer)
 
-    def _with_usage(self, error: CraneError) -> CraneError:
-        """An error that says what of the call was run; it may be that of other calls, too."""
+    @property
+    def usage(self) -> dict[str, float] | None:
+        """That of the inputs that were run by now; None where none has begun to run."""
         if not self._begun:
-            return error
-        usage: Counter[str] = Counter()
-        for item in self.items:
-            usage.update(item.prediction.usage if item.prediction else {})
-        error = copy(error)
-        error.usage = dict(usage)
-        return error
+            return None
+        return total([item.prediction.usage for item in self.items if item.prediction])
 
     def answer(self, work: Callable[[], None], result: Any) -> None:
         """Have an item answered: here, or where its output is to be made into files."""

@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
 from backend.channel import Channel, MessageTooLarge
 from backend.config import Config
 from backend.engine import wire
-from backend.engine.calls import Answer, Call, Event
+from backend.engine.calls import Answer, Call, Event, total
 from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, Stream, caller_gone
 from backend.engine.placement import Placement
 from backend.engine.status import together
@@ -141,8 +142,8 @@ class RemoteEngine(SingleEngine):
                 raise _not_understood(error) from None
         return ticket.told.popleft() if ticket.told else None
 
-    def _has_begun(self, ticket: Ticket) -> bool:
-        """Ask the engine, whose I/O thread answers at once; not so where it has just died."""
+    def _used(self, ticket: Ticket) -> Mapping[str, float] | None:
+        """Ask the engine, whose I/O thread answers at once; None where it has just died."""
         deadline = time.monotonic() + BEGUN_TIMEOUT_S
         try:
             ticket.channel.send(wire.pack([wire.BEGUN, ticket.call_id]))
@@ -150,13 +151,16 @@ class RemoteEngine(SingleEngine):
                 ticket.take(self._receive(ticket.channel, deadline))
                 while ticket.told:
                     told = ticket.told.popleft()
-                    if isinstance(told, Event) and told.kind == wire.BEGUN:
-                        return bool(told.data["begun"])
+                    if isinstance(told, Answer):  # which came while the call was given up
+                        return total(told.usage)
                     if isinstance(told, CraneError):
-                        return told.usage is not None
+                        return told.usage
+                    if isinstance(told, Event) and told.kind == wire.BEGUN:
+                        usage: Mapping[str, float] | None = told.data.get("usage", {})
+                        return usage
         except (OSError, BadMessage, ModelUnavailable):
-            return False
-        return True
+            return None
+        return {}
 
     def _cancel(self, ticket: Ticket) -> None:
         self._hang_up(ticket.channel)

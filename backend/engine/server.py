@@ -158,7 +158,7 @@ class Server:
             self._send(caller, wire.pack(self._engine.status()))
         elif isinstance(request, tuple) and request[0] == wire.BEGUN:
             job = self._jobs[caller]
-            told = Event(wire.BEGUN, {"begun": job is None or job.begun})
+            told = Event(wire.BEGUN, {"usage": job.usage if job else {}})
             self._send(caller, wire.pack_answer(request[1], told))
         elif isinstance(request, tuple):
             self._order(caller, *request)

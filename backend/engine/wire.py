@@ -19,7 +19,8 @@ from backend.messages import BadMessage, Part, pack, unpack
 
 __all__ = ["BadMessage", "pack", "unpack"]
 
-BEGUN = "begun"  # asks whether the call on this connection began to run; so is the event called
+# Asks what was used of the call on this connection, if it began to run; so is the event called.
+BEGUN = "begun"
 ORDERS = ("load", "unload", "prepare", BEGUN)
 MAX_RUNS = 100_000  # of a call: the most that CRANE_MAX_BATCH may be
 

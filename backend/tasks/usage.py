@@ -1,13 +1,14 @@
 """How much a call may use at most, known from its inputs and options before it runs.
 
-The names are those of receipts: ``input_tokens``, ``output_tokens``, ``images``,
-``audio_seconds`` and ``video_seconds``.
+Where only the model knows, it is a guess, which decides whether a call is let in and no more: what
+is charged in the end is what was used. The names are those of receipts: ``input_tokens``,
+``output_tokens``, ``images``, ``audio_seconds`` and ``video_seconds``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,14 +26,17 @@ Makes = Callable[[Any, Mapping[str, Any]], Usage]
 
 # What a template or a tokenizer adds: to a text, a message, a tool.
 EXTRA_TOKENS = 16
-# LLaVA-NeXT makes up to 2,880 tokens of a picture, more than others do.
+# LLaVA-NeXT makes up to 2,880 tokens of a picture; Qwen2-VL one of each 28 x 28 pixels.
 IMAGE_TOKENS = 3072
-# Characters; slow speech has some ten a second. What is made is paid for where it is longer.
+PIXELS_PER_TOKEN = 28 * 28
+# Characters; slow speech has some ten a second. Bark speaks 15 s at most, and may do so for a word.
 SPOKEN_PER_S = 4
+SPOKEN_S = 16.0
 WHISPER_WINDOW_S = 30
 WHISPER_TOKENS = 448  # at most, for each window
 SOUND_S = 60.0  # of what is composed, where nobody says how long
 FILM_S = 10.0  # likewise; today's models make 2 to 8 s
+FILM_FRAMES = 161  # LTX's; others make fewer
 LEAST_FPS = 5.0  # of a film whose number of frames alone is known
 LOGPROB_BYTES = OBJECT_BYTES + 64  # of one token and its log probability, as ``weight`` has it
 ANSWER_TOKENS = 20  # of visual question answering, where nobody says how many
@@ -48,8 +52,8 @@ def completion(input_: Any, options: Mapping[str, Any]) -> Usage:
 
 def seen_completion(input_: Any, options: Mapping[str, Any]) -> Usage:
     """A completion of a prompt that has pictures in it, each of many tokens."""
-    images = measured(input_).get("images", 0)
-    return {**completion(input_, options), "input_tokens": IMAGE_TOKENS * images}
+    tokens = sum(max(IMAGE_TOKENS, pixels // PIXELS_PER_TOKEN) for pixels in _pixels(input_))
+    return {**completion(input_, options), "input_tokens": tokens}
 
 
 def transcript(input_: Any, options: Mapping[str, Any]) -> Usage:
@@ -62,15 +66,17 @@ def images(input_: Any, options: Mapping[str, Any]) -> Usage:
 
 
 def video(input_: Any, options: Mapping[str, Any]) -> Usage:
-    seconds, frames = options["duration"], options["num_frames"]
-    if seconds is None:
-        seconds = FILM_S if frames is None else frames / (options["fps"] or LEAST_FPS)
+    seconds, frames, fps = options["duration"], options["num_frames"], options["fps"]
+    if seconds is None and frames is None and fps is None:
+        seconds = FILM_S
+    elif seconds is None:
+        seconds = (frames or FILM_FRAMES) / (fps or LEAST_FPS)
     return {"video_seconds": seconds}
 
 
 def speech(input_: Any, options: Mapping[str, Any]) -> Usage:
     pace = SPOKEN_PER_S * min(options["speed"] or 1.0, 1.0)
-    return {"audio_seconds": 1 + text_size(input_) / pace}
+    return {"audio_seconds": SPOKEN_S + text_size(input_) / pace}
 
 
 def sound(input_: Any, options: Mapping[str, Any]) -> Usage:
@@ -90,8 +96,8 @@ def most_usage(
         expanded = task.expand(one, options)
         count += repeat * expanded.sequences * task.outputs(options)
         extra = EXTRA_TOKENS * max(expanded.sequences, _texts(one))
-        read = expanded.characters * _widest([one, dict(options)]) + extra
-        _add(total, {"input_tokens": read})
+        width = _bytes_per_character([one, dict(options)])
+        _add(total, {"input_tokens": math.ceil(expanded.characters * width) + extra})
         _add(total, {**measured(one), **task.makes(one, options)})
     return count, {name: repeat * used for name, used in total.items()}
 
@@ -130,13 +136,22 @@ def _add(total: dict[str, float], more: Usage) -> None:
         total[name] = total.get(name, 0) + count
 
 
-def _widest(value: Any) -> int:
-    """The bytes of the widest character of all texts; no tokenizer makes more tokens of one."""
+def _pixels(value: Any) -> Iterator[int]:
+    """The pixels of each picture that an input has."""
+    if isinstance(value, np.ndarray):
+        yield value.shape[0] * value.shape[1]
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _pixels(one)
+
+
+def _bytes_per_character(value: Any) -> float:
+    """That of the text of all which has most; no tokenizer makes more tokens than bytes of one."""
     if isinstance(value, str):
-        return 1 if value.isascii() else len(max(value).encode())
+        return 1.0 if value.isascii() else len(value.encode()) / len(value)
     if isinstance(value, dict):
         value = [*value, *value.values()]
-    return max(map(_widest, value), default=1) if isinstance(value, list) else 1
+    return max(map(_bytes_per_character, value), default=1.0) if isinstance(value, list) else 1.0
 
 
 def _texts(value: Any) -> int:
