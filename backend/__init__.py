@@ -14,7 +14,6 @@ def create_app(config: Config | None = None) -> Flask:
     """Build the service from its settings; raises ``ValueError`` that lists all that is wrong."""
     # Imported here, for the engine's process imports this package too and needs no Flask.
     import atexit
-    import threading
 
     from flask import Flask
 
@@ -27,6 +26,7 @@ def create_app(config: Config | None = None) -> Flask:
     from backend.media.reader import MediaReader
     from backend.meter import Meter
     from backend.models import Crane
+    from backend.permits import Permits
     from backend.registry import Registry
 
     config = config or Config.from_env()
@@ -44,7 +44,6 @@ def create_app(config: Config | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = config.max_body
     app.config["MAX_FORM_MEMORY_SIZE"] = config.max_body  # of a form's fields that are no files
     app.config["MAX_FORM_PARTS"] = bodies.MAX_FORM_PARTS
-    places = threading.BoundedSemaphore(config.threads)
     app.extensions["crane"] = Crane(
         config=config,
         registry=registry,
@@ -52,7 +51,7 @@ def create_app(config: Config | None = None) -> Flask:
         media=MediaReader(config),
         callers=Callers(config, keys),
         meter=meter,
-        places=places,
+        permits=Permits(config.threads),
         bodies=HeldBodies(config.max_bodies),
     )
     if config.trusted_proxies:

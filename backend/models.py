@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from socket import socket
-from threading import BoundedSemaphore
 from typing import Any
 
 from backend.callers import Callers
@@ -15,12 +14,13 @@ from backend.charges import Charge
 from backend.config import Config
 from backend.engine.calls import Answer, Call, Event
 from backend.engine.client import EngineClient, Stream, caller_gone
-from backend.errors import ClientClosedRequest, CraneError, NotAcceptable, Overloaded
+from backend.errors import ClientClosedRequest, CraneError, NotAcceptable
 from backend.held_bodies import HeldBodies
 from backend.inputs import draw_seeds, load_inputs
 from backend.media.images import encode_image
 from backend.media.reader import MediaReader, Reading
 from backend.meter import Meter
+from backend.permits import Permits
 from backend.receipts import common, facts, rounded
 from backend.registry import Registry
 from backend.schemas import load
@@ -38,23 +38,8 @@ class Crane:
     media: MediaReader
     callers: Callers
     meter: Meter
-    places: BoundedSemaphore
+    permits: Permits
     bodies: HeldBodies
-
-    def take_permit(self) -> None:
-        """Take one of this process's ``CRANE_THREADS`` permits; raises ``Overloaded`` at once.
-
-        A call has one before its body is read: bodies take threads, and memory. The server has a
-        few threads more, for all that is no call.
-        """
-        if not self.places.acquire(blocking=False):
-            raise Overloaded(
-                f"This worker has {self.config.threads} calls already; try again in 1 s.",
-                retry_after_s=1,
-            )
-
-    def release_permit(self) -> None:
-        self.places.release()
 
 
 def run_model(

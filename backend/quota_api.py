@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -53,20 +54,24 @@ def hold(readers: Mapping[str, Reader]) -> None:
         known.log["key_id"] = caller.key_id
     if endpoint not in readers:
         return
-    parts.take_permit()
+    parts.permits.take()
     known.has_permit = True
     known.charge = None
-    if parts.config.quota == "on":
-        lease = parts.meter.let_in(caller.subject, caller.tier, UNIT)
-        known.charge = Charge(parts.meter, lease)
 
     def find(model_id: str) -> ModelSpec:
         known.log["model_id"] = model_id[:100]
         spec = known.spec = find_model(caller, parts.registry, model_id)
         return spec
 
-    known.held_bytes = parts.bodies.take(caller.subject, _most_bytes(asking, parts.config.max_body))
-    known.body = readers[endpoint](find)
+    # Of another server's body it is not known whether it has come.
+    missing = getattr(asking.environ["wsgi.input"], "missing", 0)
+    with parts.permits.body_of(caller.subject) if missing else nullcontext():
+        if parts.config.quota == "on":
+            lease = parts.meter.let_in(caller.subject, caller.tier, UNIT)
+            known.charge = Charge(parts.meter, lease)
+        size = _most_bytes(asking, parts.config.max_body)
+        known.held_bytes = parts.bodies.take(caller.subject, size)
+        known.body = readers[endpoint](find)
     if asking.content_length is None:  # it came in chunks, and how many is known by now
         surplus = max(0, known.held_bytes - known.get("body_bytes", known.held_bytes))
         parts.bodies.release(caller.subject, surplus)
@@ -87,7 +92,7 @@ def end(error: BaseException | None) -> None:
 
 def release_permit(parts: Crane, known: Any) -> None:
     if known.pop("has_permit", False):
-        parts.release_permit()
+        parts.permits.release()
         parts.bodies.release(known.caller.subject, known.get("held_bytes", 0))
 
 

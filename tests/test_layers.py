@@ -44,7 +44,7 @@ LAYERS = [
     ["backend.keys", "backend.meter"],
     ["backend.locality"],
     ["backend.browsers"],
-    ["backend.callers", "backend.charges"],
+    ["backend.callers", "backend.charges", "backend.permits"],
     ["backend.media.bounds", "backend.media.containers"],
     ["backend.media.parts", "backend.media.sound_kinds"],
     ["backend.media.audio", "backend.media.images", "backend.media.meshes", "backend.media.video"],

@@ -121,11 +121,51 @@ def test_no_flood_of_one_address_keeps_livez_or_others_calls(flooded, count, dat
 
 def test_livez_is_answered_where_every_permit_is_taken_by_a_body(gunicorn):
     server = gunicorn(CRANE_THREADS=4)
-    with clients(server, 4, INVITED) as held:
-        assert {client.recv(100) for client in held} == {CONTINUE}
+    with clients(server, 2, INVITED) as held, clients(server, 2, INVITED, OTHER) as others:
+        assert {client.recv(100) for client in [*held, *others]} == {CONTINUE}
         assert server.run()[0] == 503
         assert server.get("/livez")[0] == 200
     wait_for(lambda: server.run()[0] == 200)  # whose permits are free as they leave
+
+
+def refused(clients):
+    """Those who have got a 503."""
+    answered = select.select(clients, [], [], 0)[0]
+    answers = {client: client.recv(4096, socket.MSG_PEEK) for client in answered}
+    found = [one for one, answer in answers.items() if answer.startswith(b"HTTP/1.1 503 ")]
+    assert all(b"\r\nRetry-After: 1\r\n" in answers[one] for one in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(LARGE_BODY, id="large"),
+        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1", id="chunked"),
+        pytest.param(INVITED.replace(b"10000000", b"9"), id="small but invited"),
+    ],
+)
+def test_bodies_that_one_caller_sends_slowly_leave_permits_to_others(gunicorn, data):
+    server = gunicorn(CRANE_THREADS=4)
+    with clients(server, 30, data) as flood:
+        wait_for(lambda: len(refused(flood)) == 28)
+        assert server.run()[0] == 200
+        with clients(server, 3, data, OTHER) as others:
+            wait_for(lambda: len(refused(others)) == 1)
+    # And to its own, once they have left: one that is large, too.
+    wait_for(lambda: server.run(input="x" * 1_000_000)[0] == 200)
+
+
+def test_behind_trusted_proxies_callers_are_told_apart_by_what_those_say(gunicorn):
+    server = gunicorn(CRANE_THREADS=4, CRANE_AUTH="off", CRANE_TRUSTED_PROXIES=1)
+
+    def sent_for(address):
+        return INVITED.replace(b"Host:", b"X-Forwarded-For: %s\r\nHost:" % address)
+
+    with clients(server, 20, sent_for(b"192.0.2.1")) as flood:
+        wait_for(lambda: len(refused(flood)) == 18)
+        with clients(server, 2, sent_for(b"192.0.2.2")) as others:
+            assert [client.recv(100) for client in others] == [CONTINUE] * 2
 
 
 @pytest.mark.parametrize(

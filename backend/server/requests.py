@@ -89,6 +89,18 @@ def too_slow(part: str) -> RequestTimeout:
 class Body(body.Body):  # type: ignore[misc]
     """A body whose faults are the caller's, in our words."""
 
+    def __init__(self, reader: Any, unreader: Unreader) -> None:
+        super().__init__(reader)
+        self._unreader = unreader
+
+    @property
+    def missing(self) -> float:
+        """Bytes that have not come; infinite where only the body's end will tell."""
+        if isinstance(self.reader, body.LengthReader):
+            left = self.reader.length
+            return float(max(0, left - self._unreader.buffered)) if left else 0.0
+        return 0.0 if self.reader.parser is None else math.inf
+
     def _read_reader(self, size: int) -> bytes:
         try:
             data: bytes = super()._read_reader(size)
@@ -109,7 +121,7 @@ class Request(message.Request):  # type: ignore[misc]
 
     def set_body_reader(self) -> None:
         super().set_body_reader()
-        self.body = Body(self.body.reader)
+        self.body = Body(self.body.reader, self.unreader)
         # gunicorn would send its 100 at once, and so invite bodies that are refused unread.
         self.unreader.expects_continue = bool(self._expected_100_continue)
         self._expected_100_continue: bool = False
@@ -117,11 +129,9 @@ class Request(message.Request):  # type: ignore[misc]
 
     @property
     def missing(self) -> float:
-        """Bytes of the body that have not come; infinite where only its end will tell."""
-        reader = self.body.reader
-        if isinstance(reader, body.LengthReader):
-            return float(max(0, reader.length - self.unreader.buffered)) if reader.length else 0.0
-        return 0.0 if reader.parser is None else math.inf
+        """Of the body, as it says."""
+        missing: float = self.body.missing
+        return missing
 
     def should_close(self) -> bool:
         return bool(super().should_close()) or self.body.failed or self.missing > 0
