@@ -137,6 +137,7 @@ class Asked:
     ) -> None:
         self._started = time.perf_counter()
         self._config = crane.config
+        self._engine = crane.engine
         self._spec = crane.registry.get(model_id)
         self._task = TASKS[self._spec.type]
         self._options = load(self._spec.options_schema, options, "options")
@@ -196,7 +197,9 @@ class Asked:
 
     def _reserve(self, inputs: list[Any]) -> None:
         if self._charge is not None:
-            most = most_usage(self._task, inputs, self._options, self._repeat)
+            cut = self._options.get("truncate") and self._spec.cost.per_1k_tokens
+            window = self._engine.window(self._spec.id) if cut else None
+            most = most_usage(self._task, inputs, self._options, self._repeat, window)
             self._charge.reserve(self._spec.cost, *most)
         if not self._task.formats:  # of what makes media, those it made count
             self._measured = rounded(measured(inputs), 3)

@@ -129,7 +129,7 @@ class Adapter(ABC):
     Building an adapter is cheap; ``load`` is what costs memory, and the only place to import the
     library. The model's worker makes one call at a time, all of them from one thread but ``place``
     and ``fetch``, so an adapter needs no locks. After ``load`` its ``revision``, ``device`` and
-    ``dtype`` say what was loaded.
+    ``dtype`` say what was loaded, and ``window`` to how many tokens a text is cut; None if to none.
     """
 
     max_batch_tokens: ClassVar[int] = 32768  # padded; 32 texts of 1,024 tokens
@@ -153,6 +153,7 @@ class Adapter(ABC):
         self.device = device if device != "auto" else spec.device
         self.dtype = spec.dtype if spec.dtype != "auto" else dtype
         self.revision: str | None = spec.revision
+        self.window: int | None = None
 
     @classmethod
     def weights_key(cls, spec: ModelSpec) -> str:

@@ -99,7 +99,7 @@ class Embedder(SentenceTransformersAdapter):
         cut = self.overlong(inputs, tokens)
         truncate = batch.options["truncate"]
         return [
-            too_long(cut[index], self.window)
+            too_long(cut[index], self.window or 0)
             if index in cut and not truncate
             else Prediction(row, {"input_tokens": tokens[index]}, _cut_or_not(index in cut))
             for index, row in enumerate(rows)
@@ -160,7 +160,8 @@ class Reranker(SentenceTransformersAdapter):
     ) -> Prediction | CraneError:
         long = [i for i in span if i in cut]
         if long and not options["truncate"]:
-            return too_long(cut[long[0]], self.window, f"input.documents[{long[0] - span.start}]")
+            what = f"input.documents[{long[0] - span.start}]"
+            return too_long(cut[long[0]], self.window or 0, what)
         best = sorted(span, key=lambda i: -scores[i])[: options["top_n"]]
         output = [{"index": i - span.start, "score": scores[i]} for i in best]
         usage = {"input_tokens": sum(tokens[i] for i in span)}

@@ -76,6 +76,7 @@ class SoundMaker(Adapter):
                 f"{', '.join(self.kinds)}."
             )
         self.model = kind(weights, revision, dtype, self.device, dict(self._load_kwargs))
+        self.window = self.model.window
         self.dtype = str(dtype).removeprefix("torch.")
 
     def wanted_dtype(self, device: str) -> torch.dtype:

@@ -84,7 +84,8 @@ class ModelStatus:
     ``progress`` is how far its load is, as ``LoadWatch.progress`` has it. ``running`` is its
     present batch: how many inputs it has, and how many steps of how many are done where the model
     tells. ``memory_bytes`` is what it holds, or held when it was loaded last; ``idle_s`` is the
-    time since its last use; ``error`` is the last one that it refused calls with.
+    time since its last use; ``window`` is how many tokens of a text it reads at most, if that is
+    bounded; ``error`` is the last one that it refused calls with.
     """
 
     state: State = State.UNLOADED
@@ -96,6 +97,7 @@ class ModelStatus:
     memory_bytes: int | None = None
     load_s: float | None = None
     idle_s: float | None = None
+    window: int | None = None
     error: str | None = None
 
     def to_wire(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from backend.config import Config
@@ -41,6 +41,7 @@ class EngineClient(ABC):
 
     def __init__(self, config: Config) -> None:
         self._load_wait_s = config.load_wait_s
+        self._windows: dict[str, int] = {}  # which no later load changes
 
     def run(self, call: Call, caller_socket: socket.socket | None = None) -> Answer:
         """Return the answer, or raise the error that the caller shall see, as ``stream`` does."""
@@ -108,6 +109,14 @@ class EngineClient(ABC):
                 return False
             time.sleep(LOOK_S)
         return True
+
+    def window(self, model_id: str) -> int | None:
+        """To how many tokens a model cuts a text; None where that is not known, or to none."""
+        if model_id not in self._windows:
+            with suppress(ModelUnavailable):
+                if (window := self._model(model_id)["window"]) is not None:
+                    self._windows[model_id] = window
+        return self._windows.get(model_id)
 
     def _model(self, model_id: str) -> dict[str, Any]:
         known: dict[str, Any] = self.status()["models"].get(model_id) or nowhere()

@@ -235,6 +235,7 @@ class Worker:
             memory_bytes=self._size[1] if self._size else None,
             load_s=self._load_s,
             idle_s=round(time.monotonic() - self.used_at, 1) if loaded and not running else None,
+            window=self._adapter.window if loaded else None,
             error=error.message if error else self._error,
         )
 

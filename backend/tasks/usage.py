@@ -84,12 +84,17 @@ def sound(input_: Any, options: Mapping[str, Any]) -> Usage:
 
 
 def most_usage(
-    task: Task, inputs: list[Any], options: Mapping[str, Any], repeat: int = 1
+    task: Task,
+    inputs: list[Any],
+    options: Mapping[str, Any],
+    repeat: int = 1,
+    window: int | None = None,
 ) -> tuple[int, dict[str, float]]:
     """How many inputs a model has to run, and the most that they may use.
 
     ``inputs`` and ``options`` are loaded, and the media read. What one input comes to, as
-    ``Task.expand`` says, are as many inputs, and so is each of several outputs.
+    ``Task.expand`` says, are as many inputs, and so is each of several outputs. ``window`` is how
+    many tokens each text is cut to, if it is.
     """
     count, total = 0, dict[str, float]()
     for one in inputs:
@@ -97,7 +102,10 @@ def most_usage(
         count += repeat * expanded.sequences * task.outputs(options)
         extra = EXTRA_TOKENS * max(expanded.sequences, _texts(one))
         width = _bytes_per_character([one, dict(options)])
-        _add(total, {"input_tokens": math.ceil(expanded.characters * width) + extra})
+        read = math.ceil(expanded.characters * width) + extra
+        if window is not None:
+            read = min(read, expanded.sequences * window)
+        _add(total, {"input_tokens": read})
         _add(total, {**measured(one), **task.makes(one, options)})
     return count, {name: repeat * used for name, used in total.items()}
 
