@@ -498,6 +498,30 @@ def test_of_a_batch_that_failed_what_nobody_waits_for_is_not_tried_again(
     wait_for(lambda: stopped() == (0, 1))
 
 
+def test_what_is_told_to_have_used_nothing_never_begins(make_app, gated, gate):
+    app = make_app([gated()])
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(call, app, "first")
+        gate.wait_until_busy()
+        engine = app.extensions["crane"].engine
+        leaver = engine._submit(
+            Call(
+                request_id="leaver",
+                model_id="gated",
+                inputs=["leaves"],
+                options={"delay_ms": 0},
+                seeds=None,
+                timeout_s=60,
+            )
+        )
+        wait_for_queue(app, 1)
+        assert engine._used(leaver) is None
+        gate.open()
+        assert first.result().status_code == 200
+    assert call(app, "next").status_code == 200
+    assert gate.batches == [["first"], ["next"]]
+
+
 # Limits
 
 

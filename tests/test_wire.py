@@ -459,3 +459,16 @@ def test_a_channel_is_not_read_on_after_what_was_no_message():
         channel = Channel(other, max_bytes=1000)
         with pytest.raises(BadMessage):
             channel.receive()
+
+
+def test_a_call_whose_usage_is_asked_for_is_given_up(tmp_path):
+    """Or it may begin after it was told to have used nothing, and so be free."""
+    with engine_process(tmp_path) as (_, _, remote):
+
+        def running():
+            return remote.look()["models"]["echo"]["running"]
+
+        ticket = remote._submit(call(1, options={"delay_ms": 60_000}))
+        wait_for(running, 30)
+        assert remote._used(ticket) == {}
+        wait_for(lambda: not running(), 30)

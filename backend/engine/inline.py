@@ -74,6 +74,7 @@ class InlineEngine(SingleEngine):
     def _used(
         self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]
     ) -> Mapping[str, float] | None:
+        ticket[0].cancel()  # first, or it may begin between the two
         return ticket[0].usage
 
     def _cancel(self, ticket: tuple[Job, SimpleQueue[Event | Answer | CraneError]]) -> None:

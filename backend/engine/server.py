@@ -157,7 +157,8 @@ class Server:
         if request is None:
             self._send(caller, wire.pack(self._engine.status()))
         elif isinstance(request, tuple) and request[0] == wire.BEGUN:
-            job = self._jobs[caller]
+            if job := self._jobs[caller]:  # given up; cancelled first, or it may yet begin
+                job.cancel()
             told = Event(wire.BEGUN, {"usage": job.usage if job else {}})
             self._send(caller, wire.pack_answer(request[1], told))
         elif isinstance(request, tuple):
