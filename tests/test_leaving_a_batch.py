@@ -11,11 +11,14 @@ import pytest
 
 from backend.adapters import ADAPTERS, packing, zero_shot_image
 from backend.adapters.base import Batch
+from backend.errors import DeadlineExceeded
 from backend.inputs import load_inputs
 from backend.tasks import TASKS
 from tests import (
     checkpoints,
     recognition_checkpoints,
+    speech_checkpoints,
+    three_d_checkpoints,
     video_checkpoints,
     vision_checkpoints,
     vision_text_checkpoints,
@@ -30,6 +33,8 @@ BUILDERS = {
     **vision_checkpoints.BUILDERS,
     **vision_text_checkpoints.BUILDERS,
     **{build.__name__: build for build in video_checkpoints.BUILDERS},
+    **speech_checkpoints.BUILDERS,
+    "shap_e": three_d_checkpoints.shap_e,
 }
 SIDES = {"width": 64, "height": 64, "num_inference_steps": 4}
 FEW_FRAMES = {**SIDES, "num_frames": 3}
@@ -251,3 +256,52 @@ def test_work_in_shares_leaves_out_what_is_for_those_who_left():
     assert batch.waited_for(range(3)) == [0, 2]
     gone |= {0, 2}
     assert batch.abandoned()
+
+
+# What is done for each input by itself, before the model's pass and after it.
+OPTIONS = {"text-to-image": SIDES, "image-to-video": FEW_FRAMES}
+PARTS = dict.fromkeys(("text-to-image", "image-to-video", "text-to-3d"), "denoiser")
+PARTS["text-to-speech"] = "model.model"
+SAID = {"question": "which river", "context": "the old river"}
+ONE_BY_ONE = [
+    ("depth-estimation", "dpt", seen(64, 64), "processor"),
+    ("depth-estimation", "dpt", seen(64, 64), "answer"),
+    ("image-segmentation", "mask2former", seen(64, 64), "answer"),
+    ("image-to-text", "git", seen(64, 64), "processor"),
+    ("image-text-to-text", "idefics3", shown(seen(64, 64)), "_encode"),
+    ("text-to-image", "stable_diffusion", {"prompt": "red"}, "_prepare"),
+    ("image-to-video", "i2vgen_xl", {"image": seen(80, 72), "prompt": "red"}, "_film"),
+    ("question-answering", "question_answerer", SAID, "count_tokens"),
+    ("rerank", "cross_encoder", {"query": "red", "documents": ["a"]}, "readable"),
+    ("text-to-speech", "vits", "the red river", "model.prompt"),
+    ("text-to-3d", "shap_e", "red", "_tokens"),
+]
+
+
+@pytest.mark.parametrize(("type_", "family", "value", "part"), ONE_BY_ONE)
+def test_what_is_done_for_each_input_ends_once_nobody_waits(
+    make_app, folders, type_, family, value, part
+):
+    part_of = PARTS.get(type_, "model")
+    case = Case(type_, family, value, value, part=part_of, options=OPTIONS.get(type_))
+    entry = {"id": "it", "type": type_, "hf_model": folders(family), "max_batch_size": 8}
+    run = Run(make_app([entry]), case)
+    *owners, name = part.split(".")
+    owner = run.adapter
+    for one in owners:
+        owner = getattr(owner, one)
+    real, done = getattr(owner, name), []
+
+    class Counted:
+        def __call__(self, *args, **kwargs):
+            done.append(1)
+            return real(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    setattr(owner, name, Counted())
+    answers = run([value] * 3, lambda place: bool(done))
+    assert len(done) == 1
+    assert [type(one) for one in answers[1:]] == [DeadlineExceeded] * 2
+    run.adapter.unload()

@@ -122,13 +122,32 @@ def test_a_model_that_waits_for_its_turn_is_not_given_up(make_app, add_task):
     wait_for(lambda: run(client, "hangs").status_code == 200)
 
 
-def looks(client, count):
+def test_a_model_that_asks_whether_its_callers_wait_is_not_given_up(make_app, add_task):
+    runs, gate = SimpleQueue(), threading.Event()
+
+    class Asks(Echo):
+        def predict(self, batch):
+            runs.put(batch)
+            assert gate.wait(30)
+            return super().predict(batch)
+
+    times = {**TIMES, "hang_timeout_s": 0.6}
+    client = make_app([add_task("hangs", Asks)], **times).test_client()
+    assert run(client, "hangs").status_code == 504
+    batch = runs.get(timeout=10)
+    looks(client, 8, before=lambda: batch.cancelled(0))
+    assert state(client, "hangs") == "ready"
+    wait_for(lambda: state(client, "hangs") == "defunct")  # as it asks no more
+    gate.set()
+
+
+def looks(client, count, before=lambda: None):
     """Wait until the watchdog has looked so often; it gives up what is overdue after five."""
     seen = []
     pool = client.application.extensions["crane"].engine._engine._pool
     [worker] = [one for one in pool._workers.values() if one.model_id == "hangs"]
     check = worker.check
-    worker.check = lambda: (check(), seen.append(1))
+    worker.check = lambda: (before(), check(), seen.append(1))
     wait_for(lambda: len(seen) >= count)
     worker.check = check
     return seen

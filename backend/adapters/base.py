@@ -50,6 +50,13 @@ class Batch:
         """Those of some places that somebody still waits for."""
         return [place for place in places if not self.cancelled(place)]
 
+    def pending(self, places: Iterable[int]) -> Iterator[int]:
+        """Those of some places that somebody waits for; each is asked when its turn comes.
+
+        For work on one input after another: it ends within one input once nobody waits.
+        """
+        return (place for place in places if not self.cancelled(place))
+
     def check(self, places: Iterable[int]) -> None:
         """Raise ``DeadlineExceeded`` where nobody waits for any of some places."""
         if not self.waited_for(places):

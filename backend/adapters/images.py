@@ -50,9 +50,9 @@ class ImageGenerator(PromptedAdapter):
             self.use_scheduler(batch.options["scheduler"])
         except InvalidRequest as error:
             return [error] * len(batch)
-        for place, value in enumerate(batch.inputs):
+        for place in batch.pending(range(len(batch))):
             try:
-                pictures += self._pictures(place, value, batch)
+                pictures += self._pictures(place, batch.inputs[place], batch)
             except InvalidRequest as error:
                 results[place] = error
         made: dict[int, list[np.ndarray]] = defaultdict(list)

@@ -29,11 +29,8 @@ class QuestionAnswerer(TransformersAdapter):
 
         results: dict[int, Prediction | CraneError] = {}
         run: list[int] = []
-        questions = [self.readable(value["question"]) for value in batch.inputs]
-        for index, length in enumerate(self.count_tokens(questions)):
-            if batch.cancelled(index):
-                results[index] = too_late()
-                continue
+        for index in batch.pending(range(len(batch))):
+            [length] = self.count_tokens([self.readable(batch.inputs[index]["question"])])
             # Half the window at least is for the context.
             if self.window is not None and length > self.window // 2:
                 most = self.window // 2
@@ -50,7 +47,7 @@ class QuestionAnswerer(TransformersAdapter):
                 [which == 1 for which in features.sequence_ids(row)] for row in range(len(owners))
             ]
             starts, ends = self._logits(features, batch, owners)
-            for index in run:
+            for index in batch.pending(run):
                 rows = [row for row, owner in enumerate(owners) if owner == index]
                 inside = torch.tensor([contexts[row] for row in rows])
                 if not inside.any():
@@ -68,7 +65,7 @@ class QuestionAnswerer(TransformersAdapter):
                 }
                 used = sum(int(features["attention_mask"][row].sum()) for row in rows)
                 results[index] = Prediction(answer, {"input_tokens": used})
-        return [results[index] for index in range(len(batch))]
+        return [results.get(index) or too_late() for index in range(len(batch))]
 
     def _logits(
         self, features: Any, batch: Batch, owners: list[int]

@@ -123,7 +123,7 @@ class Reranker(SentenceTransformersAdapter):
         asked = [
             (place, [query, document])
             for place, value in enumerate(batch.inputs)
-            for query in [self.readable(value["query"])]
+            for query in ["" if batch.cancelled(place) else self.readable(value["query"])]
             for document in value["documents"]
         ]
         owners, pairs = [place for place, _ in asked], [pair for _, pair in asked]

@@ -96,9 +96,9 @@ class SoundMaker(Adapter):
             return [error] * len(batch)
         results: dict[int, Prediction | CraneError] = {}
         prompts: dict[int, Prompt] = {}
-        for place, text in enumerate(batch.inputs):
+        for place in batch.pending(range(len(batch))):
             try:
-                prompts[place] = self._prompt(text, batch.options)
+                prompts[place] = self._prompt(batch.inputs[place], batch.options)
             except InvalidRequest as error:
                 results[place] = error
         places = list(prompts)
@@ -115,7 +115,7 @@ class SoundMaker(Adapter):
                 results[place] = self._prediction(samples, prompts[place], batch.options)
             if not self.model.batches:
                 batch.progress(start + 1, len(places))
-        return [results[place] for place in range(len(batch))]
+        return [results.get(place) or too_late() for place in range(len(batch))]
 
     def _check(self, options: dict[str, Any]) -> None:
         """Refuse what this model cannot be asked; raises ``InvalidRequest``."""

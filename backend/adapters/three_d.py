@@ -52,6 +52,8 @@ class MeshMaker(DiffusersAdapter):
     def _mesh(self, batch: Batch, place: int) -> Prediction | CraneError:
         import torch
 
+        if batch.cancelled(place):
+            return too_late()
         prompt, options = batch.inputs[place], batch.options
         tokens, window = self._tokens(prompt)
         if tokens > window and not options["truncate"]:

@@ -79,9 +79,9 @@ class VideoGenerator(ShapedAdapter):
             shape = self.shape(batch.options)
         except InvalidRequest as error:
             return [error] * len(batch)
-        for place, value in enumerate(batch.inputs):
+        for place in batch.pending(range(len(batch))):
             try:
-                films.append(self._film(place, value, batch))
+                films.append(self._film(place, batch.inputs[place], batch))
             except InvalidRequest as error:
                 results[place] = error
         runs = list(self._runs(films))

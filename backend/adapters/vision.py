@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet
 from backend.adapters.vision_base import as_picture, of_one_shape, process, row_of, stack
 from backend.errors import CraneError, InvalidRequest
+
+TOKENS = 512  # of a picture of up to a megapixel: 64 megapixels or less are run together
 
 
 class PictureModel(Adapter):
@@ -56,8 +59,10 @@ class PictureModel(Adapter):
         del self.model, self.processor
 
     def size(self, value: Any, options: Mapping[str, Any]) -> int:
-        # Pictures of all sizes are resized to about as many pixels.
-        return 256
+        # The model sees all of them at about one size, but each is resized to that, and answered
+        # at its own. Few steps: those of different sizes run apart.
+        megapixels = value.shape[0] * value.shape[1] / 2**20
+        return TOKENS << max(0, math.ceil(math.log2(megapixels)))
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         import torch
@@ -68,9 +73,10 @@ class PictureModel(Adapter):
             applied = self.applied(batch.options)
         except InvalidRequest as error:
             return [error] * len(batch)
-        for place, pixels in enumerate(batch.inputs):
+        for place in batch.pending(range(len(batch))):
             try:
-                features[place] = process(self.processor, as_picture(pixels, "input"), "input")
+                picture = as_picture(batch.inputs[place], "input")
+                features[place] = process(self.processor, picture, "input")
             except InvalidRequest as error:
                 results[place] = error
         for group in of_one_shape(features):
@@ -79,8 +85,9 @@ class PictureModel(Adapter):
             inputs = stack([features[place] for place in places], self.model)
             with torch.inference_mode():
                 outputs = self.model(**inputs)
-                for row, place in enumerate(places):
-                    mine = row_of(outputs, row, len(places))
+                rows = {place: row for row, place in enumerate(places)}
+                for place in batch.pending(places):
+                    mine = row_of(outputs, rows[place], len(places))
                     check_numbers(*mine.values())
                     size = batch.inputs[place].shape[:2]
                     prediction = self.answer(mine, size, {**batch.options, **applied})

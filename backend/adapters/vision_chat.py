@@ -51,9 +51,9 @@ class PictureChat(PictureWriter):
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         results: dict[int, Prediction | CraneError] = {}
         features: dict[int, dict[str, Any]] = {}
-        for place, value in enumerate(batch.inputs):
+        for place in batch.pending(range(len(batch))):
             try:
-                features[place] = self._features(value, batch.options)
+                features[place] = self._features(batch.inputs[place], batch.options)
             except InvalidRequest as error:
                 results[place] = error
         texts = {place: _of_text(mine) for place, mine in features.items()}

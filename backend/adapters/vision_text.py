@@ -62,9 +62,10 @@ class Captioner(PictureWriter):
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         results: dict[int, Prediction | CraneError] = {}
         features: dict[int, dict[str, Any]] = {}
-        for place, pixels in enumerate(batch.inputs):
+        for place in batch.pending(range(len(batch))):
             try:
-                features[place] = process(self.processor, as_picture(pixels, "input"), "input")
+                picture = as_picture(batch.inputs[place], "input")
+                features[place] = process(self.processor, picture, "input")
             except InvalidRequest as error:
                 results[place] = error
         most = batch.options["max_tokens"]

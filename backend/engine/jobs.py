@@ -179,6 +179,7 @@ class Item:
         "_again",
         "_told",
         "alone",
+        "asked_at",
         "batch_size",
         "error",
         "index",
@@ -195,6 +196,7 @@ class Item:
         self.size = 1
         self.prepared: Any = None  # beside the model's thread, before it could run
         self.alone = False  # whether it runs by itself, after it failed with others
+        self.asked_at = float("-inf")  # when its run last asked whether anybody waits for it
         self._told: dict[str, str] = {}  # of each kind of text
         self._again: dict[str, str] = {}  # what of that another run still has to repeat
         self.prediction: Prediction | None = None
@@ -225,6 +227,8 @@ class Item:
         return self.job.call.caller
 
     def cancelled(self) -> bool:
+        """For a run to ask, between its steps: one that asks does not hang."""
+        self.asked_at = time.monotonic()
         return self.job.cancelled
 
     @property

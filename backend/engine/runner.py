@@ -172,7 +172,7 @@ class Runner:
 
         def cancelled(index: int) -> bool:
             turns.offer()  # an adapter asks between steps
-            return items[index].job.cancelled
+            return items[index].cancelled()
 
         for item in items:
             item.begin_again()

@@ -23,7 +23,8 @@ class Watch:
     """What one model's thread is at: its load or unload, which have a limit, or a run.
 
     A run has no limit of its own, as its callers have theirs: it is overdue where all of them have
-    been gone for the grace time, and the thread has neither answered nor taken any since.
+    been gone for the grace time, and the thread has neither answered nor taken any since, nor asked
+    whether they wait: one that asks ends soon, be its steps ever so slow on a busy machine.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Watch:
             self._gone = None
         elif self._gone is None or self._gone[0] is not running:
             self._gone = running, now
-        elif now - self._gone[1] > self._grace_s:
+        elif now - max(self._gone[1], *(item.asked_at for item in running)) > self._grace_s:
             return (
                 f"{self._model_id} went on for {self._grace_s:g} s after the last of its callers "
                 "was gone."
