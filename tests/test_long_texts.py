@@ -9,14 +9,16 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from backend.adapters.chat_template import ends_of, told
-from backend.adapters.long_texts import CHARACTERS, MARGIN, readable
+from backend.adapters.long_texts import CHARACTERS, MARGIN, MAX_CHARACTERS, readable
+from backend.errors import InvalidRequest
 from tests.checkpoints import _byte_tokenizer, checkpoint
 from tests.conftest import MINILM, run
 
 __all__ = ["checkpoint"]
 
 WINDOW = 20
-LONG = 10 * CHARACTERS * (WINDOW + MARGIN)  # characters
+MOST = MAX_CHARACTERS * (WINDOW + MARGIN)  # characters that are read of a text
+LONG = MOST - 400
 
 
 def shrinking():
@@ -72,7 +74,7 @@ TEXTS = {
     "unknown": "\u4e2d\u6587" * (LONG // 2),
     "emoji": "\U0001f469\u200d\U0001f469 " * (LONG // 4),
     "lines": "ab\n\n\tba\r\n" * (LONG // 8),
-    "few words far apart": ("ab" + " " * 5000) * (LONG // 5002),
+    "few words far apart": ("ab" + " " * 500) * (LONG // 502),
     "words, then nothing": "ab " * 100 + " " * LONG,
     "nothing, then words": " " * LONG + "ab " * 100,
     "short": "ab ba",
@@ -127,7 +129,16 @@ def test_any_text_is_told_by_a_part_of_it(name):
         window = draw.randrange(1, 60)
         whole = counting.ids(text)
         for from_end in (False, True):
-            some = counting.ids(readable(text, window, counting, from_end=from_end))
+            try:
+                part = readable(text, window, counting, from_end=from_end)
+            except InvalidRequest:
+                read = MAX_CHARACTERS * (window + MARGIN)
+                assert len(text) > read
+                half = read // 2  # a part ends with a word
+                start = counting.ids(text[-half:] if from_end else text[:half])
+                assert len(start) <= window + MARGIN + 100  # of a word that is cut
+                continue
+            some = counting.ids(part)
             kept = slice(-window, None) if from_end else slice(window)
             assert (len(some) > window) == (len(whole) > window)
             if not (from_end and name == "merging"):
@@ -139,10 +150,25 @@ def test_of_a_long_text_little_is_tokenised(name):
     counting = Counting(name)
     part = readable("ab ba a b " * 100_000, WINDOW, counting)
     assert len(part) <= counting.characters <= 4 * CHARACTERS * (WINDOW + MARGIN)
-    # What hides its length is tokenised, in parts that grow: no more than three times over.
+    # What hides its length is tokenised, in parts that grow.
     counting.characters = 0
     assert readable(" " * LONG, WINDOW, counting) is not None
     assert counting.characters <= 2 * LONG
+
+
+@pytest.mark.parametrize("from_end", [False, True])
+@pytest.mark.parametrize("name", ["shrinking", "collapsing", "whole words"])
+@pytest.mark.parametrize("text", ["\U0001f600", "\uac00", "\ufdfa", "\ufe0f", "\u200d", " "])
+def test_a_text_that_grows_in_vain_is_refused(name, text, from_end):
+    counting = Counting(name)
+    if counting.ids(text * 100) and len(counting.ids(text * 100)) >= 100:
+        pytest.skip("it fills the window")
+    with pytest.raises(InvalidRequest) as refused:
+        readable(text * 1_000_000, WINDOW, counting, at="input.text", from_end=from_end)
+    assert "has 1000000 characters" in refused.value.details["input.text"]
+    assert counting.characters <= 2 * MOST
+    # One that is as long as is read is answered as ever.
+    assert len(readable(text * MOST, WINDOW, counting, from_end=from_end)) == MOST
 
 
 def test_without_a_window_a_text_is_left_as_it_is():
@@ -209,6 +235,36 @@ ASKED = {
     ),
     "fill-mask": ("masked_lm", f"[MASK] {MUCH}", "input"),
 }
+
+
+EMPTY = "\ufe0f" * 400_000
+REFUSED = {
+    **{
+        task: (ASKED[task][0], EMPTY, "input")
+        for task in ("embeddings", "text-classification", "token-classification", "fill-mask")
+    },
+    "rerank": ("cross_encoder", {"query": "a", "documents": ["a", EMPTY]}, "input.documents[1]"),
+    "zero-shot-classification": ("nli", {"text": "a", "labels": ["a", EMPTY]}, "input.labels[1]"),
+    "question-answering": (
+        "question_answerer",
+        {"question": "a", "context": EMPTY},
+        "input.context",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", REFUSED)
+def test_what_is_no_text_to_a_model_is_refused_alone(make_app, checkpoint, seen, task):
+    name, value, at = REFUSED[task]
+    entry = MINILM if name is None else {"type": task, "hf_model": checkpoint(name)}
+    client = make_app([{**entry, "id": "m"}]).test_client()
+    answer = run(client, "m", value)
+    assert answer.status_code == 400, answer.json
+    assert "characters that are too few tokens" in answer.json["error"]["details"][at]
+    assert 0 < seen[0] < 30_000
+    fine = ASKED[task][1] if task != "question-answering" else {"question": "a", "context": "a"}
+    several = run(client, "m", [value, fine]).json["error"]["details"]
+    assert at.replace("input", "input[0]") in several
 
 
 @pytest.mark.parametrize("task", ASKED)

@@ -18,8 +18,10 @@ def check_labels(pipeline: Any, sentences: list[str]) -> None:
     if window is None:
         return
     tokens = [
-        count_tokens(pipeline, readable(sentence, window, pipeline.tokenizer))
-        for sentence in sentences
+        count_tokens(
+            pipeline, readable(sentence, window, pipeline.tokenizer, at=f"input.labels[{place}]")
+        )
+        for place, sentence in enumerate(sentences)
     ]
     faults = {
         f"input.labels[{place}]": (

@@ -42,7 +42,7 @@ def ask_document(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answe
     if window is not None:
         # Beside the question, a part of the words must go in that goes past the last part's end.
         special = pipeline.tokenizer.num_special_tokens_to_add(pair=True)
-        question = readable(value["question"], window, pipeline.tokenizer)
+        question = readable(value["question"], window, pipeline.tokenizer, at="input.question")
         bare = len(pipeline.tokenizer(question, add_special_tokens=False)["input_ids"])
         if bare > (most := window - special - stride - 1):
             count = or_more(bare, window)
@@ -98,7 +98,9 @@ def _rows_that_fit(
         fault = f"must have {tokenizer.max_column_id - 1} items at most for this model"
         raise InvalidRequest.of({"input.table.columns": f"{fault}, not {len(columns)}"})
     window = model_window(pipeline.model, tokenizer) or 0
-    question = readable(question, window, tokenizer, tokenize=tokenizer.tokenize)
+    question = readable(
+        question, window, tokenizer, at="input.question", tokenize=tokenizer.tokenize
+    )
     tokens = least = asked = len(tokenizer.tokenize(question)) + 2
     kept = -1  # the columns' names are a row too
     for row in [columns, *rows[: tokenizer.max_row_id - 1]]:
@@ -132,7 +134,7 @@ def decide(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
             asked["criteria"] = choices
         questions[question["name"]] = asked
     window = model_window(pipeline.model, pipeline.tokenizer)
-    part = readable(value["state"], window, pipeline.tokenizer)
+    part = readable(value["state"], window, pipeline.tokenizer, at="input.state")
     inputs = pipeline.preprocess({"state": part, "questions": questions})
     tokens = max(prompt["input_ids"].shape[-1] for prompt, _ in inputs["prompts"])
     if window is not None and tokens > window:

@@ -44,15 +44,19 @@ class PipelineAdapter(TransformersAdapter):
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
         whole = [self.text(value) for value in batch.inputs]
-        texts = [
-            "" if batch.cancelled(index) else self.readable(text)
-            for index, text in enumerate(whole)
-        ]
-        tokens = self.count_tokens(texts)
         results: dict[int, Prediction | CraneError] = {}
+        texts = [""] * len(whole)
+        for index in batch.pending(range(len(batch))):
+            try:
+                texts[index] = self.readable(whole[index])
+            except InvalidRequest as error:
+                results[index] = error
+        tokens = self.count_tokens(texts)
         run: list[int] = []
         for index, count in enumerate(tokens):
             over = self.window is not None and count > self.window
+            if index in results:
+                continue
             if batch.cancelled(index):
                 results[index] = too_late()
             elif fault := self.fault(texts[index], whole[index], batch.options):

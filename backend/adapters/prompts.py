@@ -51,7 +51,7 @@ class PromptedAdapter(DiffusersAdapter):
             window = tokenizer.model_max_length
             if "CLIP" not in type(tokenizer).__name__ and "max_sequence_length" in self.parameters:
                 window = self.parameters["max_sequence_length"].default
-            part = readable(text, window, tokenizer)
+            part = readable(text, window, tokenizer, at=at)
             lengths.append((window, len(tokenizer(part, verbose=False)["input_ids"])))
         window, tokens = max(lengths, default=(0, 0))
         if tokens > window:

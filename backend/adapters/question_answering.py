@@ -30,7 +30,13 @@ class QuestionAnswerer(TransformersAdapter):
         results: dict[int, Prediction | CraneError] = {}
         run: list[int] = []
         for index in batch.pending(range(len(batch))):
-            [length] = self.count_tokens([self.readable(batch.inputs[index]["question"])])
+            try:
+                question = self.readable(batch.inputs[index]["question"], "input.question")
+                self.readable(batch.inputs[index]["context"], "input.context")
+            except InvalidRequest as error:
+                results[index] = error
+                continue
+            [length] = self.count_tokens([question])
             # Half the window at least is for the context.
             if self.window is not None and length > self.window // 2:
                 most = self.window // 2

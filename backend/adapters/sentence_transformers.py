@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backend.adapters.base import Adapter, Batch, Prediction
+from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import pick_device
 from backend.adapters.long_texts import readable
 from backend.adapters.packing import keep_packed
 from backend.adapters.transformers_base import quiet, too_long
 from backend.adapters.words import bound_words
-from backend.errors import CraneError, InvalidRequest, ModelUnavailable
+from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 
 
 class SentenceTransformersAdapter(Adapter):
@@ -43,10 +43,11 @@ class SentenceTransformersAdapter(Adapter):
     def unload(self) -> None:
         del self.model
 
-    def readable(self, text: str) -> str:
+    def readable(self, text: str, at: str = "input") -> str:
         """A text, or as much of a long one as tells that it does not fit; see ``long_texts``."""
         tokenizer = self.model.tokenizer
-        return readable(text, self.window, tokenizer, from_end=tokenizer.truncation_side == "left")
+        from_end = tokenizer.truncation_side == "left"
+        return readable(text, self.window, tokenizer, at=at, from_end=from_end)
 
     def forward(self, inputs: list[Any]) -> tuple[dict[str, Any], list[int]]:
         """Run the model once on all inputs; return its outputs and each input's tokens."""
@@ -87,10 +88,13 @@ class Embedder(SentenceTransformersAdapter):
         wanted, width = batch.options["dimensions"], self.model.get_embedding_dimension()
         if wanted is not None and width is not None and wanted > width:
             return [_too_wide(wanted, width)] * len(batch)
-        inputs = [
-            "" if batch.cancelled(place) else self.readable(text)
-            for place, text in enumerate(batch.inputs)
-        ]
+        inputs = [""] * len(batch)
+        refused: dict[int, CraneError] = {}
+        for place in batch.pending(range(len(batch))):
+            try:
+                inputs[place] = self.readable(batch.inputs[place])
+            except InvalidRequest as error:
+                refused[place] = error
         outputs, tokens = self.forward(inputs)
         vectors = outputs["sentence_embedding"].float()[:, :wanted]
         if batch.options["normalize"]:
@@ -98,10 +102,11 @@ class Embedder(SentenceTransformersAdapter):
         rows = vectors.cpu().numpy()
         cut = self.overlong(inputs, tokens)
         truncate = batch.options["truncate"]
+        if not truncate:
+            refused |= {place: too_long(count, self.window or 0) for place, count in cut.items()}
         return [
-            too_long(cut[index], self.window or 0)
-            if index in cut and not truncate
-            else Prediction(row, {"input_tokens": tokens[index]}, _cut_or_not(index in cut))
+            refused.get(index)
+            or Prediction(row, {"input_tokens": tokens[index]}, _cut_or_not(index in cut))
             for index, row in enumerate(rows)
         ]
 
@@ -120,30 +125,42 @@ class Reranker(SentenceTransformersAdapter):
         return sum(super(Reranker, self).size(text, options) for text in value["documents"])
 
     def predict(self, batch: Batch) -> list[Prediction | CraneError]:
-        asked = [
-            (place, [query, document])
-            for place, value in enumerate(batch.inputs)
-            for query in ["" if batch.cancelled(place) else self.readable(value["query"])]
-            for document in value["documents"]
-        ]
-        owners, pairs = [place for place, _ in asked], [pair for _, pair in asked]
+        results: dict[int, Prediction | CraneError] = {}
+        owners: list[int] = []
+        pairs: list[list[str]] = []
+        for place in batch.pending(range(len(batch))):
+            try:
+                mine = self._pairs(batch, place)
+            except (DeadlineExceeded, InvalidRequest) as error:
+                results[place] = error
+            else:
+                owners += [place] * len(mine)
+                pairs += mine
         # Pairs of like length run together, whoever asked; at most as many as an entry allows.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         scores, tokens, cut = [0.0] * len(pairs), [0] * len(pairs), dict[int, int]()
         for share in batch.shares([owners[i] for i in order], self.spec.max_batch_size):
             indices = [order[i] for i in share]
-            some = [[pairs[i][0], self.readable(pairs[i][1])] for i in indices]
+            some = [pairs[i] for i in indices]
             outputs, counts = self.forward(some)
             values = self._activate(outputs["scores"])
             for i, score, count in zip(indices, values, counts, strict=True):
                 scores[i], tokens[i] = score, count
             cut |= {indices[i]: count for i, count in self.overlong(some, counts).items()}
-        results: list[Prediction | CraneError] = []
-        start = 0
-        for value in batch.inputs:
-            span = range(start, start := start + len(value["documents"]))
-            results.append(self._rank(span, scores, tokens, cut, batch.options))
-        return results
+        for place in dict.fromkeys(owners):
+            start, count = owners.index(place), len(batch.inputs[place]["documents"])
+            span = range(start, start + count)
+            results[place] = self._rank(span, scores, tokens, cut, batch.options)
+        return [results.get(place) or too_late() for place in range(len(batch))]
+
+    def _pairs(self, batch: Batch, place: int) -> list[list[str]]:
+        """An input's query with each document; raises ``DeadlineExceeded``, ``InvalidRequest``."""
+        query = self.readable(batch.inputs[place]["query"], "input.query")
+        pairs = []
+        for number, document in enumerate(batch.inputs[place]["documents"]):
+            batch.check([place])
+            pairs.append([query, self.readable(document, f"input.documents[{number}]")])
+        return pairs
 
     def _activate(self, logits: Any) -> list[float]:
         # In float32 as CrossEncoder.predict does it, or close scores would tie.

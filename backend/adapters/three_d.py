@@ -55,7 +55,10 @@ class MeshMaker(DiffusersAdapter):
         if batch.cancelled(place):
             return too_late()
         prompt, options = batch.inputs[place], batch.options
-        tokens, window = self._tokens(prompt)
+        try:
+            tokens, window = self._tokens(prompt)
+        except InvalidRequest as error:
+            return error
         if tokens > window and not options["truncate"]:
             fault = f"has {or_more(tokens, window)} tokens and the model reads {window}; "
             return InvalidRequest.of(

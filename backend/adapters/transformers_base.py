@@ -53,10 +53,10 @@ class TransformersAdapter(Adapter):
     def unload(self) -> None:
         del self.model, self.tokenizer
 
-    def readable(self, text: str) -> str:
+    def readable(self, text: str, at: str = "input") -> str:
         """A text, or as much of a long one as tells that it does not fit; see ``long_texts``."""
         from_end = self.tokenizer.truncation_side == "left"
-        return readable(text, self.window, self.tokenizer, from_end=from_end)
+        return readable(text, self.window, self.tokenizer, at=at, from_end=from_end)
 
     def count_tokens(self, texts: list[str], pairs: list[str] | None = None) -> list[int]:
         encoded = self.tokenizer(texts, pairs, add_special_tokens=True, verbose=False)

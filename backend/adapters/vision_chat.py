@@ -98,7 +98,8 @@ class PictureChat(PictureWriter):
                 fault = f"has {mark}, which this model reads as the place of a picture"
                 raise InvalidRequest.of({at: fault})
         text = told(messages)
-        if self.window is not None and len(part := self.readable(text)) < len(text):
+        part = self.readable(text, "input.messages")
+        if self.window is not None and len(part) < len(text):
             raise self._too_long(len(self.tokenizer(part, verbose=False)["input_ids"]))
         pictures = [as_picture(part["image"], f"{at}.image") for at, part in _pictures(messages)]
         try:

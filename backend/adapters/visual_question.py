@@ -81,7 +81,7 @@ class VisualQuestionAnswerer(TransformersAdapter):
 
     def _question(self, question: str, truncate: bool) -> tuple[dict[str, Any], Prediction]:
         """A question's features, and its prediction still without output."""
-        question = self.readable(question)
+        question = self.readable(question, "input.question")
         [tokens] = self.count_tokens([question])
         window = self.window or tokens
         if tokens > window and not truncate:

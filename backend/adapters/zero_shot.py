@@ -44,8 +44,15 @@ class ZeroShotClassifier(TransformersAdapter):
                 results.append(too_late())
                 continue
             template = batch.options["hypothesis_template"]
-            hypotheses = [self.readable(template.replace("{}", label)) for label in value["labels"]]
-            text = self.readable(value["text"])
+            try:
+                text = self.readable(value["text"], "input.text")
+                hypotheses = [
+                    self.readable(template.replace("{}", label), f"input.labels[{number}]")
+                    for number, label in enumerate(value["labels"])
+                ]
+            except InvalidRequest as error:
+                results.append(error)
+                continue
             result = self._fit(text, hypotheses, batch.options["truncate"])
             results.append(result)
             if isinstance(result, Prediction):

@@ -56,8 +56,11 @@ class ZeroShotImageClassifier(TransformersAdapter):
             if batch.cancelled(place):
                 results[place] = too_late()
                 continue
-            texts = [self.readable(template.replace("{}", label)) for label in value["labels"]]
             try:
+                texts = [
+                    self.readable(template.replace("{}", label), f"input.labels[{number}]")
+                    for number, label in enumerate(value["labels"])
+                ]
                 result = self._fit(texts, batch.options["truncate"])
                 picture = as_picture(value["image"], "input.image")
                 features[place] = process(self.processor, picture, "input.image")
