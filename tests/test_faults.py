@@ -106,7 +106,11 @@ def test_what_is_too_much_alone_is_a_503_and_the_model_goes_on(make_app, add_tas
     assert state(client, "picky") == "ready"
 
 
-def test_idle_models_leave_before_it_is_tried_again(make_app, sized, add_task, events):
+def test_models_that_nobody_uses_leave_before_it_is_tried_again(
+    make_app, sized, add_task, events, monkeypatch
+):
+    monkeypatch.setattr("backend.engine.worker.UNUSED_S", 0.0)
+
     class NeedsTheOthersRoom(Sized):
         weights, guess = MB, None
 
@@ -122,6 +126,18 @@ def test_idle_models_leave_before_it_is_tried_again(make_app, sized, add_task, e
         assert run(client, name).status_code == 200
     assert run(client, "needy").status_code == 200
     assert state(client, "kept") == "ready"
+
+
+def test_what_is_too_much_alone_costs_no_one_else_a_model(make_app, sized, add_task, events):
+    class Huge(Echo):
+        def predict(self, batch):
+            device_is_full()
+
+    client = make_app([sized("a"), add_task("huge", Huge)]).test_client()
+    assert run(client, "a").status_code == 200
+    assert run(client, "huge", [1, 2, 3]).json["error"]["code"] == "OUT_OF_MEMORY"
+    assert state(client, "a") == "ready"
+    assert unloads(events) == []
 
 
 def test_a_load_that_runs_out_of_memory_is_tried_once_more(make_app, sized, add_task, events):

@@ -9,6 +9,7 @@ import pytest
 
 from backend.engine import residency
 from backend.engine.residency import Residency
+from tests.serving import wait_for
 
 
 class Guest:
@@ -118,6 +119,15 @@ def test_who_does_not_want_in_any_more_is_not_in_the_way(guest, rooms, looking):
     Guest(rooms, "first", 3).enter(lambda: wanted[0])
     wanted[0] = False
     assert guest("second", 1).inside.wait(5)
+
+
+def test_emptying_leaves_those_in_peace_that_were_used_just_now(guest, rooms):
+    me = guest("me", 1, users=1)
+    fresh, old = guest("fresh", 1, used_at=time.monotonic()), guest("old", 1)
+    threading.Thread(target=rooms.empty, args=(me, 60), daemon=True).start()
+    wait_for(lambda: old.asked)
+    old.go()
+    assert (fresh.asked, old.asked) == ([], [False])
 
 
 def test_emptying_waits_for_those_that_leave_and_for_no_others(guest, rooms, told):

@@ -9,7 +9,7 @@ from backend.adapters.base import Adapter, Batch, Prediction, too_late
 from backend.adapters.hub import pick_device
 from backend.adapters.long_texts import readable
 from backend.adapters.packing import keep_packed
-from backend.adapters.transformers_base import quiet, too_long
+from backend.adapters.transformers_base import MAX_TOKENS, quiet, too_long
 from backend.adapters.words import bound_words
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 
@@ -38,6 +38,8 @@ class SentenceTransformersAdapter(Adapter):
         keep_packed(transformer, runs=self.model)
         self.dtype = str(transformer.dtype).removeprefix("torch.")
         self.window = self.model.max_seq_length
+        if self.window is None or self.window >= 10**9:  # which is a tokenizer's "unknown"
+            self.window = self.model.max_seq_length = MAX_TOKENS
         self.prompt: str | None = self.model.prompts.get(self.model.default_prompt_name)
 
     def unload(self) -> None:

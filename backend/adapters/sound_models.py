@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from backend.adapters.long_texts import readable
+from backend.adapters.transformers_base import MAX_TOKENS
 from backend.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class SoundModel(ABC):
         self.config = self.model.config
         self.rate: int = 0
         known = self.tokenizer.model_max_length
-        self.window: int | None = known if known < 10**9 else None
+        self.window: int | None = known if known < 10**9 else MAX_TOKENS
         self.settle(weights, revision)
 
     def prepare(self, kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

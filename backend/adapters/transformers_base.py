@@ -12,6 +12,10 @@ from backend.adapters.packing import keep_packed
 from backend.adapters.words import bound_words
 from backend.errors import InvalidRequest
 
+# Of a model that names no limit. It compares each with each other one: of these, T5's 8 heads make
+# 2 GB of scores; of a million characters it would be terabytes.
+MAX_TOKENS = 2**13
+
 
 class TransformersAdapter(Adapter):
     """Loads ``auto_class`` and its tokenizer from the entry's weights."""
@@ -76,11 +80,12 @@ def too_long(tokens: int, window: int, what: str = "input") -> InvalidRequest:
     )
 
 
-def model_window(model: Any, tokenizer: Any) -> int | None:
-    """The most tokens the model reads, or None where nothing bounds it.
+def model_window(model: Any, tokenizer: Any) -> int:
+    """The most tokens the model reads.
 
-    The tokenizer's limit and the number of positions, whichever is lower; RoBERTa and its kin
-    begin to count positions after the padding id, and lose those.
+    The tokenizer's limit and the number of positions, whichever is lower, or ``MAX_TOKENS`` where
+    it names neither; RoBERTa and its kin begin to count positions after the padding id, and lose
+    those.
     """
     limits = []
     if tokenizer.model_max_length < 10**9:  # else "unknown", which transformers writes as 1e30
@@ -92,7 +97,7 @@ def model_window(model: Any, tokenizer: Any) -> int | None:
         table = getattr(base, "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         limits.append(positions if padding is None else positions - padding - 1)
-    return min(limits, default=None)
+    return min(limits, default=MAX_TOKENS)
 
 
 def quiet() -> None:

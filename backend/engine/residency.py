@@ -117,14 +117,15 @@ class Residency:
             if self._line:
                 self._changed.notify_all()
 
-    def empty(self, besides: Tenant) -> None:
-        """Have all idle models on a tenant's device leave, and wait until they have."""
+    def empty(self, besides: Tenant, idle_s: float = 0.0) -> None:
+        """Have all models on a tenant's device leave that nobody used for so long, and wait."""
         with self._changed:
             device = self.device_of(besides)
+            since = time.monotonic() - idle_s
             others = [
                 tenant
                 for tenant, holding in self._held.items()
-                if holding.device == device and tenant is not besides
+                if holding.device == device and tenant is not besides and tenant.used_at <= since
             ]
             leaving = [tenant for tenant in others if tenant.is_leaving or tenant.leave()]
             self._changed.wait_for(

@@ -36,7 +36,7 @@ class Runner:
     ) -> None:
         """The first of ``adapters`` loads the weights, and the others take them over from it.
 
-        ``threads`` are ``Config.engine_threads``; ``make_room`` has idle models leave the device,
+        ``threads`` are ``Config.engine_threads``; ``make_room`` has unused models leave the device,
         and ``out_of_memory`` is what is said where that was not enough.
         """
         self._threads = threads
@@ -212,7 +212,7 @@ class Runner:
     def _predict_less(
         self, adapter: Adapter, items: list[Item], last: bool
     ) -> list[Prediction | CraneError]:
-        """Run a batch that was too much for the device: when idle models have left, by halves."""
+        """Run a batch that was too much for the device: when unused models have left, by halves."""
         logger.warning("%s ran out of memory with a batch of %d", adapter.spec.id, len(items))
         if last:
             return [self._out_of_memory()]

@@ -46,6 +46,9 @@ logger = logging.getLogger("crane.engine")
 # short enough that a mended model comes back by itself.
 FIRST_RETRY_S = 10.0
 LAST_RETRY_S = 300.0
+# For a batch that is too much only models leave that are of no use to anybody: a caller's input may
+# be so large that no room is enough, and others would pay for it with a load.
+UNUSED_S = 60.0
 LONGEST_WAIT_S = 3600.0  # a lock's own wait has a limit, of some days
 
 
@@ -96,7 +99,7 @@ class Worker:
         self._runner = Runner(
             {spec.id: make_adapter(spec)},
             threads=threads,
-            make_room=self._make_room,
+            make_room=lambda: self._make_room(UNUSED_S),
             out_of_memory=self._out_of_memory,
         )
         self._idle_timeout_s = idle_timeout_s
@@ -506,16 +509,16 @@ class Worker:
         finally:
             turns.end_team()
 
-    def _make_room(self) -> None:
-        """Have all idle models leave the device."""
-        self._residency.empty(self)
+    def _make_room(self, idle_s: float = 0.0) -> None:
+        """Have all models leave the device that have been idle for so long."""
+        self._residency.empty(self, idle_s)
         release_memory()
 
     def _out_of_memory(self) -> OutOfMemory:
         device = self._residency.device_of(self)
         return OutOfMemory(
             f"{self.model_id} ran out of memory on {device}, though it did one input at a time and "
-            "idle models were unloaded. Ask for less, or make room.",
+            "models that nobody used were unloaded. Ask for less, or make room.",
             retry_after_s=10,
         )
 
