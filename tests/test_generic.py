@@ -15,6 +15,7 @@ from itertools import cycle, islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from backend.adapters import ADAPTERS, generic_pictures
 from backend.adapters.base import Batch, Prediction
@@ -683,6 +684,53 @@ def test_more_masks_than_memory_has_room_for_are_refused(
     if at == "options.top_k":
         best = run(client, "it", IMAGE, options={**options, "top_k": 2}).json["output"]
         assert best == whole.json["output"][:2]
+
+
+def test_masks_of_a_large_picture_are_made_smaller_and_enlarged(make_app, generic, monkeypatch):
+    client = make_app([entry(generic, "sam", "mask-generation")]).test_client()
+    options = {**LOW, "mask_threshold": 0.9, "crops_nms_thresh": 1.0}
+    small = picture(60, 40)
+    large = base64_of(small.resize((240, 160), Image.Resampling.NEAREST))
+    monkeypatch.setattr(generic_pictures, "MAX_SEEN", 60 * 40)
+    answer = run(client, "it", large, options=options).json["output"]
+    seen = np.asarray(small.resize((240, 160), Image.Resampling.NEAREST).resize((60, 40)))
+    expected = run(client, "it", base64_of(Image.fromarray(seen)), options=options).json["output"]
+    assert len(answer) == len(expected) == 27
+    for one, wanted in zip(answer, expected, strict=True):
+        assert one["score"] == wanted["score"]
+        assert one["box"] == {side: 4 * at for side, at in wanted["box"].items()}
+        mask = read(wanted["mask"])
+        assert np.array_equal(read(one["mask"]), mask.repeat(4, axis=0).repeat(4, axis=1))
+
+
+STRIP = base64_of(Image.new("RGB", (1, 101)))
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "value", "at"),
+    [
+        ("sam", "mask-generation", STRIP, "input"),
+        ("segformer", "image-feature-extraction", STRIP, "input"),
+        ("owlvit", "zero-shot-object-detection", {"image": STRIP, "labels": ["a"]}, "input.image"),
+        (
+            "superglue",
+            "keypoint-matching",
+            {"images": [base64_of(picture(60, 40)), STRIP]},
+            "input.images[1]",
+        ),
+        (
+            "layoutlm",
+            "document-question-answering",
+            {"image": STRIP, "question": "old?", "words": [{"text": "old", "box": [0, 0, 1, 9]}]},
+            "input.image",
+        ),
+    ],
+)
+def test_a_strip_is_refused(make_app, generic, name, type_, value, at):
+    client = make_app([entry(generic, name, type_)]).test_client()
+    answer = run(client, "it", value)
+    assert answer.status_code == 400
+    assert "one side is over 100 times" in answer.json["error"]["details"][at]
 
 
 TOO_MUCH = {

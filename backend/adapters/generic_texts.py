@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.adapters.generic_base import Answer, count_tokens
-from backend.adapters.generic_pictures import picture
 from backend.adapters.long_texts import or_more, readable
 from backend.adapters.transformers_base import model_window, too_long
+from backend.adapters.vision_base import as_picture
 from backend.errors import InvalidRequest
 
 
@@ -29,7 +29,7 @@ def text_features(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answ
 def ask_document(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
     height, width = value["image"].shape[:2]
     words = value["words"]
-    asked = {"image": picture(value["image"]), "question": value["question"]}
+    asked = {"image": as_picture(value["image"], "input.image"), "question": value["question"]}
     if "VISION" in pipeline.model_type.name.upper():  # Donut, which reads for itself
         if words is not None:
             raise InvalidRequest.of({"input.words": "is not something this model can be asked"})

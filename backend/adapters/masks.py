@@ -32,3 +32,21 @@ def mask_of(runs: Mapping[str, Any]) -> np.ndarray:
     height, width = runs["size"]
     inside = np.arange(len(runs["counts"])) % 2 == 1
     return np.repeat(inside, runs["counts"]).reshape(width, height).T
+
+
+def within(sides: tuple[int, int], most: int) -> tuple[int, int]:
+    """Two sides, made smaller to have so many pixels at most."""
+    one, other = sides
+    scale = min(1.0, (most / (one * other)) ** 0.5)
+    return max(1, int(one * scale)), max(1, int(other * scale))
+
+
+def enlarged(numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map or a mask at another height and width: each place has its nearest one's number."""
+    if numbers.shape == size:
+        return numbers
+    rows, columns = (
+        np.arange(side) * of // side for side, of in zip(size, numbers.shape, strict=True)
+    )
+    larger: np.ndarray = numbers[rows[:, None], columns]
+    return larger

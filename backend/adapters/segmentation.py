@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from backend.adapters.base import Prediction
+from backend.adapters.masks import enlarged, within
 from backend.adapters.vision import PictureModel
 from backend.errors import InvalidRequest, ModelUnavailable
 from backend.tasks.vision import SUBTASKS
@@ -70,7 +71,7 @@ class Segmenter(PictureModel):
         how = {name: options[name] for name in THRESHOLDS if name in takes}
         if "label_ids_to_fuse" in takes:
             how["label_ids_to_fuse"] = set()  # as without, less a warning for each picture
-        [found] = post_process(outputs, target_sizes=[_within(size)], **how)
+        [found] = post_process(outputs, target_sizes=[within(size, MAX_MAP)], **how)
         names = self.model.config.id2label
         if options["subtask"] == "semantic":
             numbers = found.numpy().astype(np.int16)
@@ -84,21 +85,4 @@ class Segmenter(PictureModel):
                 {"id": one["id"], "label": names[one["label_id"]], "score": one["score"]}
                 for one in found["segments_info"]
             ]
-        return Prediction({"map": _enlarged(numbers, size), "segments": segments}, {"images": 1})
-
-
-def _within(size: tuple[int, int]) -> tuple[int, int]:
-    """The size at which a map is made."""
-    height, width = size
-    scale = min(1.0, (MAX_MAP / (height * width)) ** 0.5)
-    return max(1, int(height * scale)), max(1, int(width * scale))
-
-
-def _enlarged(numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if numbers.shape == size:
-        return numbers
-    rows, columns = (
-        np.arange(side) * of // side for side, of in zip(size, numbers.shape, strict=True)
-    )
-    enlarged: np.ndarray = numbers[rows[:, None], columns]
-    return enlarged
+        return Prediction({"map": enlarged(numbers, size), "segments": segments}, {"images": 1})

@@ -14,11 +14,13 @@ from backend.adapters.base import Batch, Prediction, too_late
 from backend.adapters.film_shapes import PASSED, Shape, ShapedAdapter
 from backend.adapters.own_draws import own_draws
 from backend.adapters.prompts import NOT_ASKED
+from backend.adapters.vision_base import as_picture
 from backend.errors import CraneError, DeadlineExceeded, InvalidRequest, ModelUnavailable
 from backend.registry import ModelSpec
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 # Pipelines whose films are the same alone and in a batch with a generator for each. Any other
 # makes one at a time: it may draw from the global generator, or take a single picture only.
@@ -37,7 +39,7 @@ class Film:
     seed: int
     prompt: str | None
     negative_prompt: str | None
-    image: np.ndarray | None
+    image: Image | None
 
 
 class VideoGenerator(ShapedAdapter):
@@ -120,12 +122,13 @@ class VideoGenerator(ShapedAdapter):
             raise InvalidRequest.of({"input.prompt": NOT_ASKED})
         if prompt is None and self.takes("prompt"):
             raise InvalidRequest.of({"input.prompt": "is missing, and this model needs one"})
+        image = value.get("image")
         return Film(
             place=place,
             seed=batch.seeds[place] or 0,
             prompt=prompt,
             negative_prompt=self.negative_prompt(value, batch.options),
-            image=value.get("image"),
+            image=None if image is None else as_picture(image, "input.image"),
         )
 
     def _batches(self) -> bool:
@@ -155,8 +158,6 @@ class VideoGenerator(ShapedAdapter):
         return torch.Generator(self.device if there else "cpu").manual_seed(seed)
 
     def _arguments(self, run: list[Film], shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
-        from PIL import Image
-
         arguments: dict[str, Any] = {
             "generator": [self._generator(film.seed) for film in run],
             "prompt": [film.prompt for film in run],
@@ -168,7 +169,7 @@ class VideoGenerator(ShapedAdapter):
             if getattr(run[0], name) is None:
                 del arguments[name]
         if run[0].image is not None:
-            arguments["image"] = Image.fromarray(run[0].image)
+            arguments["image"] = run[0].image
         told = {name: options[name] for name in PASSED if options.get(name) is not None}
         if self.takes("fps"):
             told["fps"] = shape.fps
