@@ -386,6 +386,19 @@ def test_an_answer_is_what_the_librarys_own_pipeline_gives(make_app, generic, di
         assert "seed" not in answer.json["metadata"]
 
 
+OLD = {"table": {"columns": ["name", "age"], "rows": [["tower", "9"]]}, "question": "how old?"}
+TABLE = Case("table-question-answering", "tapas", lambda _: OLD, None)
+
+
+@pytest.mark.parametrize("case", [*CASES, TABLE], ids=[*IDS, TABLE.name])
+def test_each_task_answers_in_bfloat16(make_app, generic, case):
+    """NumPy, which pipelines answer with, has no such numbers."""
+    app = make_app([entry(generic, case.name, case.task)], dtype="bfloat16")
+    answer = run(app.test_client(), "it", case.value(0), options=case.options[0])
+    assert answer.status_code == 200, answer.json
+    assert answer.json["metadata"]["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_eight_callers_at_once_get_what_they_would_get_alone(make_app, generic, direct, case):
     client = make_app([entry(generic, case.name, case.task, max_batch_size=8)]).test_client()

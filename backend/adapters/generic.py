@@ -70,6 +70,7 @@ class GenericPipeline(Adapter):
         keep_packed(model)
         for part in interruptible_parts(model):
             part.register_forward_pre_hook(self._stop_if_cancelled)
+        model.register_forward_hook(_have_float32_logits)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.do_sample = False  # numbers are drawn for all callers in turn
         self.dtype = dtype_name(model.dtype, self.spec.memory)
@@ -100,6 +101,13 @@ class GenericPipeline(Adapter):
     def _stop_if_cancelled(self, *_: Any) -> None:
         if self._cancelled():
             raise too_late()
+
+
+def _have_float32_logits(_: Any, __: Any, output: Any) -> None:
+    """TAPAS's tokenizer makes NumPy arrays of them, which have no bfloat16."""
+    for name, value in output.items() if isinstance(output, Mapping) else ():
+        if name.startswith("logits") and value is not None:
+            output[name] = value.float()
 
 
 def _missing(packages: tuple[str, ...]) -> str:
