@@ -738,6 +738,7 @@ STRIP = base64_of(Image.new("RGB", (1, 101)))
             "input.image",
         ),
     ],
+    ids=["sam", "segformer", "owlvit", "superglue", "layoutlm"],
 )
 def test_a_strip_is_refused(make_app, generic, name, type_, value, at):
     client = make_app([entry(generic, name, type_)]).test_client()

@@ -158,11 +158,9 @@ def test_of_a_long_text_little_is_tokenised(name):
 
 @pytest.mark.parametrize("from_end", [False, True])
 @pytest.mark.parametrize("name", ["shrinking", "collapsing", "whole words"])
-@pytest.mark.parametrize("text", ["\U0001f600", "\uac00", "\ufdfa", "\ufe0f", "\u200d", " "])
+@pytest.mark.parametrize("text", ["\U0001f600", "\uac00", "\ufe0f", "\u200d", " "])
 def test_a_text_that_grows_in_vain_is_refused(name, text, from_end):
     counting = Counting(name)
-    if counting.ids(text * 100) and len(counting.ids(text * 100)) >= 100:
-        pytest.skip("it fills the window")
     with pytest.raises(InvalidRequest) as refused:
         readable(text * 1_000_000, WINDOW, counting, at="input.text", from_end=from_end)
     assert "has 1000000 characters" in refused.value.details["input.text"]
