@@ -748,6 +748,12 @@ def test_a_strip_is_refused(make_app, generic, name, type_, value, at):
 
 
 TOO_MUCH = {
+    "characters": (
+        ["a"],
+        [["1"], *[["\ufe0f" * 9_000]] * 2],
+        "input.table",
+        "has over 16384 characters in its first 3 rows",
+    ),
     "columns": (["a"] * 64, [["1"] * 64], "input.table.columns", "must have 63 items at most"),
     "a row": (["a"] * 30, [["1"] * 30] * 2, "input.table", "has 30 columns, of which not one row"),
     "a cell": (["a"], [["1" * 10_001]], "input.table.rows[0][0]", "10000 characters at most"),

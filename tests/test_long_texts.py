@@ -236,6 +236,17 @@ ASKED = {
 }
 
 
+def test_of_a_long_prompt_little_is_tokenised(make_app, checkpoint, seen):
+    entry = {"id": "m", "type": "text-to-image", "hf_model": checkpoint("stable_diffusion")}
+    client = make_app([entry]).test_client()
+    few = {"num_inference_steps": 1, "width": 64, "height": 64}
+    asked = {"prompt": MUCH, "negative_prompt": MUCH[:400_000]}
+    assert run(client, "m", asked, options=few).status_code == 400
+    answer = run(client, "m", asked, options={**few, "truncate": True})
+    assert answer.status_code == 200, answer.json
+    assert 0 < seen[0] < 30_000
+
+
 EMPTY = "\ufe0f" * 400_000
 REFUSED = {
     **{

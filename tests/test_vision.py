@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backend.adapters import segmentation, vision_base, zero_shot_image
+from backend.adapters import ADAPTERS, segmentation, vision, vision_base, zero_shot_image
 from tests.conftest import run, together
 from tests.gpu import GPU
 from tests.pictures import base64_of, picture, read, written
@@ -178,6 +178,20 @@ def test_pictures_of_one_shape_run_together(make_app, checkpoint, monkeypatch, f
     client = make_app([entry(checkpoint, family)]).test_client()
     run(client, family, [input_for(family, index) for index in range(6)])
     assert sorted(sizes, reverse=True) == runs
+
+
+def test_large_pictures_are_run_a_few_at_a_time(make_app, checkpoint, monkeypatch):
+    monkeypatch.setattr(vision, "TOKENS", 2**14)  # of 2**15 in a run, a megapixel
+    client = make_app([entry(checkpoint, "dpt")]).test_client()
+    answer = run(client, "dpt", [input_for("dpt")] * 3).json
+    assert answer["metadata"]["batch_size"] == 2
+    assert len(answer["output"]) == 3
+    adapter = ADAPTERS["depth-estimation"](
+        client.application.extensions["crane"].registry.get("dpt")
+    )
+    sizes = [(1, 1), (1024, 1024), (1025, 1024), (5792, 5792)]
+    found = [adapter.size(np.broadcast_to(np.uint8(0), (*size, 3)), {}) for size in sizes]
+    assert found == [2**14, 2**14, 2**15, 2**19]
 
 
 def test_callers_with_labels_of_their_own_share_a_run(make_app, checkpoint, direct, monkeypatch):

@@ -13,6 +13,10 @@ from backend.adapters.transformers_base import model_window, too_long
 from backend.adapters.vision_base import as_picture
 from backend.errors import InvalidRequest
 
+# Of a table for each token of the window. Its tokenizer is written in Python: a million take
+# seconds, in which no other model of the engine goes on.
+CELL_CHARACTERS = 256
+
 
 def text_features(pipeline: Any, value: Any, options: Mapping[str, Any]) -> Answer:
     window = model_window(pipeline.model, pipeline.tokenizer)
@@ -103,7 +107,12 @@ def _rows_that_fit(
     )
     tokens = least = asked = len(tokenizer.tokenize(question)) + 2
     kept = -1  # the columns' names are a row too
+    characters = 0
     for row in [columns, *rows[: tokenizer.max_row_id - 1]]:
+        characters += sum(map(len, row))
+        if characters > (most := CELL_CHARACTERS * window):
+            fault = f"has over {most} characters in its first {kept + 1} rows, with the columns'"
+            raise InvalidRequest.of({"input.table": f"{fault} names; shorten them"})
         counts = [len(tokenizer.tokenize(cell)) for cell in row]
         tokens += sum(counts)
         least += sum(map(bool, counts))

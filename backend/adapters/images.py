@@ -108,13 +108,14 @@ class ImageGenerator(PromptedAdapter):
     def _pictures(self, place: int, value: dict[str, Any], batch: Batch) -> list[Picture]:
         """What to make of an input; raises ``InvalidRequest``."""
         options = batch.options
+        prompt = self.prompt(value, options) or ""
         negative = self.negative_prompt(value, options)
         width, height, media = self._prepare(value, options)
         return [
             Picture(
                 place=place,
                 seed=((batch.seeds[place] or 0) + number) % (MAX_SEED + 1),
-                prompt=value["prompt"],
+                prompt=prompt,
                 negative_prompt=negative,
                 width=width,
                 height=height,

@@ -29,31 +29,38 @@ class PromptedAdapter(DiffusersAdapter):
         }
 
     def negative_prompt(self, value: dict[str, Any], options: dict[str, Any]) -> str | None:
-        """An input's negative prompt, or else the options'.
+        """An input's negative prompt, or else the options', as ``_fitted`` has it.
 
-        Raises ``InvalidRequest`` where the pipeline has none, and where either prompt is too long.
+        Raises ``InvalidRequest`` where the pipeline has none, and where it is too long.
         """
         at = "input" if value["negative_prompt"] is not None else "options"
         negative: str | None = (value if at == "input" else options)["negative_prompt"]
         if negative is not None and not self.takes("negative_prompt"):
             raise InvalidRequest.of({f"{at}.negative_prompt": NOT_ASKED})
-        if not options["truncate"]:
-            self._check_length("input.prompt", value["prompt"] or "")
-            self._check_length(f"{at}.negative_prompt", negative or "")
-        return negative
+        return self._fitted(f"{at}.negative_prompt", negative, options)
 
-    def _check_length(self, at: str, text: str) -> None:
-        """Refuse a text that no encoder of the model reads to its end."""
-        lengths = []
+    def prompt(self, value: dict[str, Any], options: dict[str, Any]) -> str | None:
+        """An input's prompt, as ``_fitted`` has it."""
+        return self._fitted("input.prompt", value["prompt"], options)
+
+    def _fitted(self, at: str, text: str | None, options: dict[str, Any]) -> str | None:
+        """A text, or the beginning of a long one that is as good to all encoders of the model.
+
+        Raises ``InvalidRequest`` for one that no encoder reads to its end, but with ``truncate``.
+        """
+        if text is None:
+            return None
+        lengths, parts = [], []
         for name, tokenizer in self.pipeline.components.items():
             if not name.startswith("tokenizer") or tokenizer is None:
                 continue
             window = tokenizer.model_max_length
             if "CLIP" not in type(tokenizer).__name__ and "max_sequence_length" in self.parameters:
                 window = self.parameters["max_sequence_length"].default
-            part = readable(text, window, tokenizer, at=at)
-            lengths.append((window, len(tokenizer(part, verbose=False)["input_ids"])))
+            parts.append(readable(text, window, tokenizer, at=at))
+            lengths.append((window, len(tokenizer(parts[-1], verbose=False)["input_ids"])))
         window, tokens = max(lengths, default=(0, 0))
-        if tokens > window:
+        if tokens > window and not options["truncate"]:
             fault = f"has {or_more(tokens, window)} tokens and the model reads {window}; "
             raise InvalidRequest.of({at: f"{fault}shorten it, or set options.truncate to true"})
+        return max(parts, key=len, default=text)

@@ -126,7 +126,7 @@ class VideoGenerator(ShapedAdapter):
         return Film(
             place=place,
             seed=batch.seeds[place] or 0,
-            prompt=prompt,
+            prompt=self.prompt(value, batch.options),
             negative_prompt=self.negative_prompt(value, batch.options),
             image=None if image is None else as_picture(image, "input.image"),
         )
