@@ -25,6 +25,7 @@ from backend.adapters.plain import plain
 from backend.errors import DeadlineExceeded
 from backend.tasks import TASKS
 from backend.tasks.generic import GENERIC, NOT_SERVED, dump_generic
+from backend.tasks.usage import most_usage
 from tests import generic_checkpoints
 from tests.checkpoints import bart
 from tests.conftest import run, together
@@ -714,6 +715,16 @@ def test_masks_of_a_large_picture_are_made_smaller_and_enlarged(make_app, generi
         assert one["box"] == {side: 4 * at for side, at in wanted["box"].items()}
         mask = read(wanted["mask"])
         assert np.array_equal(read(one["mask"]), mask.repeat(4, axis=0).repeat(4, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("points", "layers", "inputs"), [(1, 0, 1), (32, 0, 1), (33, 0, 2), (32, 1, 5), (64, 2, 84)]
+)
+def test_masks_at_many_points_are_charged_as_many_inputs(points, layers, inputs):
+    task = TASKS["mask-generation"]
+    options = task.options().load({"points_per_crop": points, "crops_n_layers": layers})
+    count, used = most_usage(task, [np.zeros((40, 60, 3), np.uint8)], options)
+    assert (count, used["images"]) == (inputs, 1)
 
 
 STRIP = base64_of(Image.new("RGB", (1, 101)))

@@ -32,6 +32,7 @@ from backend.tasks.generic_inputs import (
     TableInput,
     TableOptions,
     TextFeatureOptions,
+    a_thousand_points,
     state_for_each_question,
 )
 from backend.tasks.vision import labels_in_templates
@@ -72,6 +73,7 @@ _EXPAND = {
     "zero-shot-audio-classification": labels_in_templates,
     "zero-shot-object-detection": labels_in_templates,
     "decision": state_for_each_question,
+    "mask-generation": a_thousand_points,
 }
 
 GENERIC = [

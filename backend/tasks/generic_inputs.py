@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -197,6 +198,12 @@ class DecisionInput(StrictSchema):
         names = [question["name"] for question in value]
         if len(set(names)) < len(names):
             raise ValidationError("must have names that differ from each other")
+
+
+def a_thousand_points(value: Any, options: Mapping[str, Any]) -> Expansion:
+    """Masks are made at 32 x 32 points, if not told otherwise; each so many more are as long."""
+    crops = sum(4**layer for layer in range(options["crops_n_layers"] + 1))
+    return expansion([0] * math.ceil(crops * options["points_per_crop"] ** 2 / 32**2))
 
 
 def state_for_each_question(value: Any, options: Mapping[str, Any]) -> Expansion:
