@@ -11,8 +11,9 @@ import orjson
 from flask import Response, current_app, g, request
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from backend.bounds import check_body
+from backend.bounds import check_body, check_source
 from backend.errors import InvalidRequest, NotAcceptable, PayloadTooLarge, UnsupportedMediaType
+from backend.fair_lock import FairLock
 from backend.media import Media
 from backend.media.parts import Upload
 from backend.registry import ModelSpec
@@ -23,13 +24,15 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 MAX_FORM_PARTS = 100
 PARTS = ("model_id", "input", "options", "stream")  # of a form, beside those of its input
+SMALL = 2**16  # bytes of a body that is parsed at once
+_large = FairLock()
 HEADER_TEXT = 200  # characters of one option's text in X-Crane-Metadata
 
 
 def request_body() -> Any:
     """The request's JSON or form; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
     if request.is_json:
-        return json_of(_body_bytes(), "body")
+        return _json()
     if request.mimetype == FORM:
         return form_body()
     raise _not_sent_as(f"{JSON}, or files as {FORM}")
@@ -39,11 +42,23 @@ def json_body() -> Any:
     """The request's JSON; raises ``UnsupportedMediaType`` or ``InvalidRequest``."""
     if not request.is_json:
         raise _not_sent_as(JSON)
-    return json_of(_body_bytes(), "body")
+    return _json()
+
+
+def _json() -> Any:
+    data = _body_bytes()
+    if len(data) <= SMALL:
+        return json_of(data, "body")
+    with _large.hold(g.caller.subject):
+        return json_of(data, "body")
 
 
 def _body_bytes() -> bytes:
     """The body, which nothing keeps: its values take as much again."""
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        fault = f"Send the body without Content-Encoding; this one's is {encoding[:100]}."
+        raise UnsupportedMediaType(fault)
     data = request.get_data(cache=False)
     g.body_bytes = len(data)
     return data
@@ -79,6 +94,8 @@ def _not_sent_as(wanted: str) -> UnsupportedMediaType:
 
 
 def json_of(data: bytes | str, at: str) -> Any:
+    if len(data) > SMALL:
+        check_source(data.encode(errors="replace") if isinstance(data, str) else data, at)
     try:
         # Strict: no NaN, no bad UTF-8, no lone surrogates, no endless nesting.
         value = orjson.loads(data)

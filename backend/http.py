@@ -139,6 +139,7 @@ def begin() -> None:
     # Each look through Flask's `g` finds the context anew: one does.
     known: Any = g._get_current_object()
     known.started = time.perf_counter()
+    known.cpu_s = time.thread_time()
     known.log = {}
     sent = request.headers.get("X-Request-ID")
     known.request_id = sent if sent and _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)

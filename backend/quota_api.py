@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,8 +14,10 @@ from backend.charges import Charge
 from backend.http import add_headers, crane
 from backend.meter import units
 from backend.models import Crane
+from backend.pacing import SERVER_S, Pacing
 from backend.quota.tiers import UNIT
 from backend.registry import ModelSpec
+from backend.server.sockets import ClientSocket
 from backend.visibility import find_model
 
 bp = Blueprint("quota", __name__, url_prefix="/crane")
@@ -25,12 +28,14 @@ Find = Callable[[str], ModelSpec]
 Reader = Callable[[Find], dict[str, Any]]
 
 # What callers may ask without a key, a load balancer having none; each says itself what to whom.
+UNPAID = {401, 403, 429, 503}  # statuses of calls that were refused before they cost anything
 OPEN = {"ops.livez", "ops.readyz", "ops.metrics"}
 
 
 def install(app: Flask, readers: Mapping[str, Reader]) -> None:
     """Put the hooks on an app; ``readers`` has that of each endpoint which is metered."""
     app.before_request(partial(hold, readers))
+    app.after_request(partial(pace, Pacing(), frozenset(readers)))
     app.after_request(settle)
     app.teardown_request(end)
 
@@ -81,6 +86,21 @@ def hold(readers: Mapping[str, Reader]) -> None:
 def _most_bytes(asking: Request, max_body: int) -> int:
     length = asking.content_length
     return max_body if length is None else min(length, max_body)
+
+
+def pace(pacing: Pacing, metered: Collection[str], response: Response) -> Response:
+    """Send later what costs no quota, to a caller that asks for more of it than anybody reads."""
+    asking: Request = request._get_current_object()  # type: ignore[attr-defined]
+    known: Any = g._get_current_object()
+    sock = asking.environ.get("gunicorn.socket")
+    is_paid = asking.endpoint in metered and response.status_code not in UNPAID
+    if is_paid or asking.endpoint == "ops.livez" or not isinstance(sock, ClientSocket):
+        return response
+    caller = known.get("caller")
+    whose = caller.subject if caller else f"address:{asking.remote_addr}"
+    if delay_s := pacing.delay(whose, time.thread_time() - known.cpu_s + SERVER_S):
+        sock.keep_for(delay_s)
+    return response
 
 
 def end(error: BaseException | None) -> None:

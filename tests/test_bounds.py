@@ -10,7 +10,7 @@ from marshmallow import ValidationError
 from werkzeug.datastructures import MultiDict
 
 from backend.adapters.echo import Echo
-from backend.bounds import MAX_BODY_DEPTH, MAX_DEPTH, MAX_VALUES, is_deep, measure
+from backend.bounds import MAX_BODY_DEPTH, MAX_DEPTH, MAX_VALUES, check_source, is_deep, measure
 from backend.errors import MAX_FAULTS, MORE, InvalidRequest, did_you_mean
 from backend.models import run_model
 from backend.schemas import Integer, ListOf, ObjectOf, StrictSchema, load
@@ -472,3 +472,50 @@ def test_n_of_each_prompt_are_counted_before_they_are_made(make_app, prompt, n, 
     error = client.post("/v1/completions", json=body).json["error"]
     assert error["param"] == param
     assert "must have 1 to 8 items" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        pytest.param(b"0,", id="numbers"),
+        pytest.param(b'"",', id="empty strings"),
+        pytest.param(rb'"\\","\"",', id="strings with escapes"),
+        pytest.param(b"[],", id="empty lists"),
+        pytest.param(b"[" * 50 + b"]" * 50 + b"," * 50, id="lists in lists"),
+        pytest.param(b'{"a":1},', id="objects"),
+        pytest.param(b" 0 \n,", id="with spaces"),
+    ],
+)
+def test_values_are_counted_before_any_is_made(client, many):
+    """So what comes behind the first too many need not even be JSON."""
+    body = (
+        b'{"model_id":"echo","input":[' + many * (3 * MAX_VALUES // many.count(b",")) + b"no JSON"
+    )
+    answer = client.post("/crane/run", data=body, content_type="application/json")
+    assert answer.status_code == 400
+    assert f"has more than {MAX_VALUES} values" in answer.get_json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(",[{" * 400_000, id="marks"),
+        pytest.param('\\",' * 700_000, id="quotes and backslashes"),
+        pytest.param(",\\\\" * 200_000, id="backslashes before the end"),
+    ],
+)
+def test_marks_in_a_text_are_no_values(text):
+    check_source(json.dumps({"input": text}).encode(), "body")
+
+
+def test_a_body_of_all_the_values_it_may_have_is_parsed(client):
+    body = json.dumps({"model_id": "echo", "input": [[0] * (MAX_VALUES - 10)]})
+    assert client.post("/crane/run", data=body, content_type="application/json").status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br"])
+def test_an_encoding_of_a_body_is_refused_by_name(client, encoding):
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    answer = client.post("/crane/run", data=b"\x1f\x8b", headers=headers)
+    assert answer.status_code == 415
+    assert f"Content-Encoding; this one's is {encoding}" in answer.get_json()["error"]["message"]

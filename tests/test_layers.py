@@ -20,11 +20,13 @@ LAYERS = [
         "backend.engine.libraries",
         "backend.engine.turns",  # a load takes turns too
         "backend.errors",
+        "backend.fair_lock",
         "backend.headers",
         "backend.logs",
         "backend.lookups",
         "backend.media",
         "backend.metrics",
+        "backend.pacing",
         "backend.private",
         "backend.schema_process",
         "backend.sse",

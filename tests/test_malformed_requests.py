@@ -90,6 +90,9 @@ MALFORMED = {
     "an empty chunk size": post(CHUNKED, body=b"\r\n" + BODY + b"\r\n0\r\n\r\n"),
     "an endless chunk size": post(CHUNKED, body=b"1" * 50_000),
     "a bad chunk extension": post(CHUNKED, body=b"5;\x01\r\nhello\r\n0\r\n\r\n"),
+    "chunks of a byte": post(
+        CHUNKED, body=b"1\r\n \r\n" * 5_000 + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    ),
     "a chunk that is too long": post(CHUNKED, body=b"3\r\nhello\r\n0\r\n\r\n"),
     "a bad trailer": post(CHUNKED, body=b"%x\r\n%s\r\n0\r\nX A\r\n\r\n" % (len(BODY), BODY)),
     "a forbidden trailer": post(

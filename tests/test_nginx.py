@@ -183,3 +183,20 @@ def test_its_limits_agree_with_the_services_own():
     readme = (CONF.parent.parent / "README.md").read_text()
     assert re.search(r"\| `CRANE_MAX_BODY` \| `32MiB`", readme)
     assert "client_max_body_size 32m;" in conf
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /livez HTTP/1.1\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 40_000 + b"\r\n\r\n", 400),
+        (b"GET /livez HTTP/9.1\r\nHost: x\r\n\r\n", 505),
+        (b"POST /crane/run HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: cow\r\n\r\n", 501),
+    ],
+)
+def test_what_nginx_does_not_understand_is_refused_in_json(port, sent, status):
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(sent)
+        head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert json.loads(body)["error"]["code"] == "REFUSED"

@@ -36,6 +36,7 @@ class State(StrEnum):
     IDLE = "idle"  # the first byte of another request
     HEAD = "head"
     BODY = "body"
+    KEPT = "kept"  # nothing: its response is sent later
     UNSENT = "unsent"  # the client to take its response
     CLOSING = "closing"  # the client to close
 
@@ -107,6 +108,9 @@ class Connection:
         return bool(rest) and self._take_head(rest)
 
     def wait_for_client_to_take(self) -> None:
+        if self.sock.kept_for_s > 0:
+            self._begin(State.KEPT, self.sock.kept_for_s)
+            return
         self._begin(State.UNSENT, 0)
         self._size = self.sock.unsent
         self.flush()

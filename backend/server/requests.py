@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import select
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from gunicorn.http import body, message, parser, unreader
@@ -16,6 +18,12 @@ from backend.server.sockets import ClientSocket, Pace
 
 MAX_READ = 2**20  # bytes at a time of a large body
 READ = 2**14
+# Pieces that a body in chunks may have, and the bytes of each on average where there are more: each
+# takes 7 µs to parse, while no other thread runs. nginx joins them.
+MAX_PIECES = 4096
+MIN_PIECE = 512
+# Threads that all receive at once what is sent quickly would keep all others from running.
+_RECEIVING = threading.Lock()
 
 
 class Unreader(unreader.Unreader):  # type: ignore[misc]
@@ -59,7 +67,8 @@ class Unreader(unreader.Unreader):  # type: ignore[misc]
         size = min(max(size_hint or 0, READ), MAX_READ)
         while True:
             try:
-                data = self._sock.recv(size)
+                with _RECEIVING:
+                    data = self._sock.recv(size)
             except BlockingIOError:
                 self._wait(self._began)
                 continue
@@ -110,6 +119,17 @@ class Body(body.Body):  # type: ignore[misc]
         return data
 
 
+def counted(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces of a body in chunks; raises ``InvalidRequest`` where they are too small."""
+    size = 0
+    for count, piece in enumerate(pieces):
+        size += len(piece)
+        if count > MAX_PIECES and size < count * MIN_PIECE:
+            fault = f"has over {MAX_PIECES} chunks of less than {MIN_PIECE} bytes; send larger ones"
+            raise InvalidRequest.of({"body": fault})
+        yield piece
+
+
 class Request(message.Request):  # type: ignore[misc]
     """A request whose connection is closed after it where some of its body has not come by then.
 
@@ -121,6 +141,8 @@ class Request(message.Request):  # type: ignore[misc]
 
     def set_body_reader(self) -> None:
         super().set_body_reader()
+        if isinstance(self.body.reader, body.ChunkedReader):
+            self.body.reader.parser = counted(self.body.reader.parser)
         self.body = Body(self.body.reader, self.unreader)
         # gunicorn would send its 100 at once, and so invite bodies that are refused unread.
         self.unreader.expects_continue = bool(self._expected_100_continue)

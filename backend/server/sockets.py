@@ -52,6 +52,15 @@ class ClientSocket(socket.socket):
         self._waited_s = 0.0
         self._taken = 0  # bytes, while we waited
         self.unsent = 0  # bytes
+        self._kept_until = 0.0  # on the monotonic clock
+
+    def keep_for(self, seconds: float) -> None:
+        """Send nothing for so long. It is for a response that is known whole, and small."""
+        self._kept_until = time.monotonic() + seconds
+
+    @property
+    def kept_for_s(self) -> float:
+        return self._kept_until - time.monotonic() if self._kept_until else 0.0
 
     @property
     def held(self) -> int:
@@ -64,7 +73,7 @@ class ClientSocket(socket.socket):
         Raises ``OSError`` where the client is gone, or ``TimeoutError`` where it takes too little.
         """
         full = self.unsent > MAX_KEPT
-        if self._unsent:
+        if self._unsent or self._kept_until:
             self._keep(data, 0)
             self.flush()
         else:
@@ -79,6 +88,9 @@ class ClientSocket(socket.socket):
 
     def flush(self) -> bool:
         """Send what the client takes now; whether that is all. Raises ``OSError``."""
+        if self.kept_for_s > 0:
+            return False
+        self._kept_until = 0.0
         while self._unsent:
             try:
                 self.unsent -= send_from(self, self._unsent)
@@ -92,6 +104,7 @@ class ClientSocket(socket.socket):
 
     def _wait(self) -> None:
         """Wait until no more than ``MAX_KEPT`` bytes are kept. Raises ``TimeoutError``."""
+        self._kept_until = 0.0
         poll = select.poll()
         poll.register(self, select.POLLOUT)
         while self.unsent > MAX_KEPT:

@@ -180,11 +180,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Have the poller wait for a client."""
         if connection in self.waiting:
             return
+        self.waiting.add(connection)
+        if connection.state is State.KEPT:
+            return
         unsent, closing = (connection.state is s for s in (State.UNSENT, State.CLOSING))
         step = self._write if unsent else self._discard if closing else self._read
         event = selectors.EVENT_WRITE if unsent else selectors.EVENT_READ
         self.poller.register(connection.sock, event, partial(self._if_open, step, connection))
-        self.waiting.add(connection)
 
     def _if_open(self, step: Callable[[Connection], None], connection: Connection, _: Any) -> None:
         if not connection.closed:  # since the poller looked
@@ -201,7 +203,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def _unpark(self, connection: Connection) -> None:
         if connection in self.waiting:
             self.waiting.remove(connection)
-            self.poller.unregister(connection.sock)
+            if connection.state is not State.KEPT:
+                self.poller.unregister(connection.sock)
 
     def _submit(self, connection: Connection) -> None:
         self._unpark(connection)
@@ -250,6 +253,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._drop(connection, connection.state, too_slow(connection.state.value))
         elif connection.state is State.UNSENT:
             self._drop(connection, connection.state)
+        elif connection.state is State.KEPT:
+            self._unpark(connection)
+            self._take_back(connection)
         else:
             self._close(connection)
 
