@@ -163,7 +163,8 @@ def greet(server):
     listeners = [listener.sock.getsockname() for listener in server.LISTENERS]
     # Each call is looked at by itself, too; see backend/locality.py.
     needs_keys = settings.auth == "required" or (
-        settings.auth == "auto" and not all(map(is_loopback_socket, listeners))
+        settings.auth == "auto"
+        and (settings.trusted_proxies > 0 or not all(map(is_loopback_socket, listeners)))
     )
     file = first_key_file() if needs_keys else ""
     if file:

@@ -45,9 +45,9 @@ class Caller:
         """Raises ``Forbidden`` for whoever may not load and unload models."""
         if not self.admin:
             raise Forbidden(
-                "Only an admin's key may do this: flask --app wsgi crane keys create --admin makes "
-                "one, where CRANE_AUTH is not off. On the service's own host, flask --app wsgi "
-                "crane models does the same without a key."
+                "Only an admin's key may do this: flask --app wsgi crane keys create --owner "
+                "NAME --tier TIER --admin makes one, where CRANE_AUTH is not off. On the service's "
+                "own host, flask --app wsgi crane models does the same without a key."
             )
 
     def may_use(self, model_id: str) -> bool:

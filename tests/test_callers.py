@@ -286,6 +286,14 @@ def test_the_first_start_that_needs_keys_leaves_one_in_a_file(gunicorn, tmp_path
     assert again.post(call, Authorization=f"Bearer {text}")[0] == 200
 
 
+def test_a_start_behind_a_proxy_leaves_a_key_in_a_file_too(gunicorn):
+    server = gunicorn(CRANE_TRUSTED_PROXIES=1)
+    headers = {"X-Forwarded-For": "192.0.2.1"}
+    assert server.post({"model_id": "echo", "input": 1}, **headers)[0] == 401
+    headers["Authorization"] = f"Bearer {server.first_key()}"
+    assert server.post({"model_id": "echo", "input": 1}, **headers)[0] == 200
+
+
 def test_the_data_folder_is_the_services_own(locked):
     assert locked.data_dir.stat().st_mode & 0o777 == 0o700
 

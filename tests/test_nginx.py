@@ -114,7 +114,7 @@ def test_a_large_call_passes_both_ways(port):
 def test_what_nginx_refuses_is_json_too(port, tmp_path, upstream):
     if upstream == "too large":
         status, _, body = ask(port, "POST", "/crane/run", None, **{"Content-Length": "99999999"})
-        assert (status, json.loads(body)["error"]["code"]) == (413, "REFUSED")
+        assert (status, json.loads(body)["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
         return
     conf, other = tmp_path / "nginx.conf", free_port()
     conf.write_text(own(CONF.read_text(), tmp_path, other, free_port()))
@@ -200,3 +200,14 @@ def test_what_nginx_does_not_understand_is_refused_in_json(port, sent, status):
         head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert json.loads(body)["error"]["code"] == "REFUSED"
+
+
+def test_a_caller_with_too_many_requests_takes_none_of_others_at_its_address(port):
+    greedy = {"Authorization": "Bearer crane_abcdefghijkl_" + "x" * 40}
+    for _ in range(2000):  # as long as it may burst, and more come than are allowed
+        status, headers, body = ask(port, "GET", "/livez", None, **greedy)
+        if status != 200:
+            break
+    assert (status, headers["Retry-After"]) == (429, "1")
+    assert json.loads(body)["error"]["code"] == "RATE_LIMIT_EXCEEDED"
+    assert ask(port, "GET", "/livez", None)[0] == 200

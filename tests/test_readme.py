@@ -235,9 +235,10 @@ def test_every_other_command_is_one_that_works(command):
 
 
 def test_the_commands_for_keys_work_beside_the_service(shipped):
-    made, listed = (bash(command, cwd=shipped.folder) for command in KEY_COMMANDS)
-    assert re.fullmatch(r"crane_\w+_\w+\n", made)
+    made, admins, listed = (bash(command, cwd=shipped.folder) for command in KEY_COMMANDS)
+    assert all(re.fullmatch(r"crane_\w+_\w+\n", key) for key in (made, admins))
     assert "billing" in listed
+    assert "operations" in listed
     assert made.strip() not in listed
     status, quota = shipped.get("/crane/quota", Authorization=f"Bearer {made.strip()}")
     assert (status, quota["tier"]) == (200, "pro")
