@@ -221,6 +221,8 @@ def post_fork(server, worker):
     # The lifeline is the master's alone: a worker that outlives it must not hold it open.
     if _supervisor is not None and not _supervisor.stdin.closed:
         os.close(_supervisor.stdin.fileno())
+    # A request asks for twenty settings, and gunicorn looks for each of them by two calls.
+    vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
 
 
 def child_exit(server, worker):

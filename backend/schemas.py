@@ -226,12 +226,15 @@ class StrictSchema(Schema):
         super().__init__(**kwargs)
         self._names = [field.data_key or name for name, field in self.fields.items()]
         self._known = frozenset(self._names)
+        self._defaults: dict[str, Any] | None = None
 
     def load(self, data: Any, **kwargs: Any) -> Any:
         """Load an object; keys that are not known never reach marshmallow.
 
         It would take a time that grows with the square of their number.
         """
+        if data == {} and not kwargs:
+            return self._load_nothing()
         if self.unknown != RAISE or type(data) is not dict or data.keys() <= self._known:
             return super().load(data, **kwargs)
         faults: dict[Any, Any] = {}
@@ -246,6 +249,15 @@ class StrictSchema(Schema):
         if left := unknown[count:]:
             faults[MORE] = [f"{len(left)} more keys are not known here"]
         raise ValidationError(faults)
+
+    def _load_nothing(self) -> Any:
+        """What an object without keys comes to, as most calls' options: the same each time."""
+        if self._defaults is None:
+            loaded = super().load({})
+            if any(isinstance(value, list | dict) for value in loaded.values()):
+                return loaded  # which must be each call's own
+            self._defaults = loaded
+        return dict(self._defaults)
 
 
 class ObjectOf(StrictField):

@@ -519,3 +519,24 @@ def test_an_encoding_of_a_body_is_refused_by_name(client, encoding):
     answer = client.post("/crane/run", data=b"\x1f\x8b", headers=headers)
     assert answer.status_code == 415
     assert f"Content-Encoding; this one's is {encoding}" in answer.get_json()["error"]["message"]
+
+
+def test_an_object_without_keys_comes_to_the_defaults_of_each_call():
+    class Options(StrictSchema):
+        seed = Integer(low=0, high=9, load_default=3)
+
+    class Lists(StrictSchema):
+        stop = ListOf(Integer(low=0, high=9), high=9, load_default=list)
+
+    class Wanted(StrictSchema):
+        seed = Integer(low=0, high=9, required=True)
+
+    options, lists = Options(), Lists()
+    for _ in range(3):
+        changed, changed_list = options.load({}), lists.load({})
+        assert (changed, changed_list) == ({"seed": 3}, {"stop": []})
+        changed["seed"] = 4
+        changed_list["stop"].append(1)
+    for _ in range(2):
+        with pytest.raises(ValidationError):
+            Wanted().load({})

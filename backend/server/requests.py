@@ -112,8 +112,11 @@ class Body(body.Body):  # type: ignore[misc]
 
     def _read_reader(self, size: int) -> bytes:
         try:
-            data: bytes = super()._read_reader(size)
-        except (ParseException, NoMoreData) as error:
+            data: bytes = self.reader.read(size)
+        except Exception as error:
+            self.failed = True
+            if not isinstance(error, ParseException | NoMoreData):
+                raise
             fault = f"is not sent as HTTP has it: {str(error)[:200] or type(error).__name__}"
             raise InvalidRequest.of({"body": fault}) from error
         return data
