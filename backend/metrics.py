@@ -30,7 +30,7 @@ QUOTA_LOCAL = Counter(
 )
 QUOTA_STORE_AWAY = Gauge(
     "crane_quota_store_away",
-    "1 while an HTTP worker gets no answer from Redis.",
+    "1 while an HTTP worker cannot keep quotas in Redis, or in the file.",
     multiprocess_mode="livemax",
 )
 CANCELLED = Counter(
