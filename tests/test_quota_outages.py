@@ -352,7 +352,8 @@ def test_what_ends_while_redis_is_away_is_settled_when_it_is_back(metered, valke
     client = metered(entries=[{**ECHO, "cost": cost}], redis_url=valkey.url)
     running = threading.Thread(target=run, args=(client,), kwargs={"options": {"delay_ms": 500}})
     running.start()
-    wait_for(lambda: client.get("/crane/quota").json["concurrency"]["running"] == 1)
+    # By then all that it may cost is reserved.
+    wait_for(lambda: client.get("/crane/models/echo").json["running"])
     valkey.stall()
     running.join()
     valkey.go_on()

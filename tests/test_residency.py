@@ -19,7 +19,7 @@ import pytest
 from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
 from backend.config import Config
-from backend.engine import residency
+from backend.engine import libraries, residency
 from backend.engine.calls import Call
 from backend.engine.jobs import Job
 from backend.engine.stay import Stay
@@ -30,6 +30,12 @@ from tests.conftest import order, run
 from tests.serving import ROOT, wait_for
 
 MB = 1_000_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_is_there():
+    """The first load of all would import it, which takes longer than some callers wait here."""
+    libraries.load(["torch"])
 
 
 class Sized(Echo):
@@ -291,7 +297,8 @@ def test_a_model_in_use_refuses_to_leave(make_app, held):
 
 def test_an_order_to_unload_what_waits_for_room_is_not_kept_for_later(make_app, sized, held):
     entry, kind = held("busy")
-    client = make_app([entry, sized("late")], memory_budget=MB, load_wait_s=0.3).test_client()
+    client = make_app([entry, sized("late")], memory_budget=MB, load_wait_s=1).test_client()
+    order(client, "late", "unload")  # which makes the database of keys, in its time
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run, client, "busy")
         assert kind.inside.wait(10)

@@ -264,6 +264,7 @@ class Item:
                 self._answer(result, about)
             except Exception:
                 logger.exception("an output of %s cannot be used", self.job.call.model_id)
+                self.prediction = None  # nor may its usage be
                 self.job.fail(InternalError())
 
         self.job.answer(work, result)
