@@ -250,6 +250,10 @@ class StrictSchema(Schema):
             faults[MORE] = [f"{len(left)} more keys are not known here"]
         raise ValidationError(faults)
 
+    def forget_defaults(self) -> None:
+        """To be called when a field's ``load_default`` was changed."""
+        self._defaults = None
+
     def _load_nothing(self) -> Any:
         """What an object without keys comes to, as most calls' options: the same each time."""
         if self._defaults is None:

@@ -90,6 +90,7 @@ class Options(StrictSchema):
         else:
             for name in defaults:
                 self.fields[name].load_default = applied[name]
+        self.forget_defaults()
         if any(faults.values()):
             raise ValidationError({key: value for key, value in faults.items() if value})
 
