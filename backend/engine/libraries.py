@@ -23,7 +23,7 @@ COMMON = ("torch", "transformers.modeling_utils")
 # PyTorch's layer above it. There is one for each shape of each layer's inputs, of up to 0.7 MB, and
 # they keep 1,024 by default. A picture of Stable Diffusion has about 75, which are to stay.
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-MAX_KERNELS = 128
+MAX_KERNELS = 256
 
 LOOK_S = 0.25  # between looks whether a load is still wanted
 
