@@ -14,6 +14,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from backend.bounds import check_body, check_source
 from backend.errors import InvalidRequest, NotAcceptable, PayloadTooLarge, UnsupportedMediaType
 from backend.fair_lock import FairLock
+from backend.held_bodies import SMALL
 from backend.media import Media
 from backend.media.parts import Upload
 from backend.registry import ModelSpec
@@ -24,7 +25,6 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 MAX_FORM_PARTS = 100
 PARTS = ("model_id", "input", "options", "stream")  # of a form, beside those of its input
-SMALL = 2**16  # bytes of a body that is parsed at once
 _large = FairLock()
 HEADER_TEXT = 200  # characters of one option's text in X-Crane-Metadata
 

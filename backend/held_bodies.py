@@ -7,7 +7,8 @@ from threading import Lock
 
 from backend.errors import Overloaded
 
-SMALL = 2**16  # bytes; a body that is no larger is let in whatever is held
+# Bytes. A body that is no larger is let in whatever is held, and parsed without waiting for others.
+SMALL = 2**16
 
 
 class HeldBodies:
