@@ -397,12 +397,24 @@ def test_media_are_paid_for_where_a_model_refuses_one_of_a_batch(metered, add_ta
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_waited_for_others_until_its_time_was_over_costs_a_unit(metered, stream):
-    client = metered(entries=[{**ECHO, "cost": 5, "max_batch_size": 1}], request_timeout_s=1)
-    held = threading.Thread(target=run, args=(client,), kwargs={"options": {"delay_ms": 3000}})
+def test_what_waited_for_others_until_its_time_was_over_costs_a_unit(metered, add_task, stream):
+    begun, answered = threading.Event(), threading.Event()
+
+    class Stays(Echo):
+        """Runs until the one behind it has its answer, though its own caller's time is over."""
+
+        def predict(self, batch):
+            begun.set()
+            assert answered.wait(30)
+            return super().predict(batch)
+
+    entry = {**add_task("stays", Stays), "cost": 5, "max_batch_size": 1}
+    client = metered(entries=[entry], request_timeout_s=1)
+    held = threading.Thread(target=run, args=(client, "stays"))
     held.start()
-    wait_for(lambda: left(client) == 95)
-    answer = run(client, options={"delay_ms": 1}, stream=stream)
+    assert begun.wait(10)
+    answer = run(client, "stays", stream=stream)
+    answered.set()
     assert answer.status_code == 504
     held.join()
     assert left(client) == 100 - 5 - 1
