@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -201,6 +202,18 @@ def test_nobody_waits_for_ever_for_an_engine_that_accepts_no_one(tmp_path):
             RemoteEngine(config, start_s=0.2).look()
         for other in others:
             other.close()
+
+
+def test_who_has_too_many_files_open_finds_the_engine_away(tmp_path):
+    config = Config(data_dir=tmp_path, engine_socket=tmp_path / "engine.sock")
+    engine = RemoteEngine(config, start_s=0.1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(ModelUnavailable, match="cannot be reached"):
+            engine.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_hup_changes_nothing_and_loses_nothing(gunicorn):

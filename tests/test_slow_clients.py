@@ -311,14 +311,15 @@ def test_behind_trusted_proxies_no_address_has_a_limit(gunicorn):
 
 
 def test_a_worker_that_may_open_no_more_files_goes_on(gunicorn):
-    server = gunicorn(CRANE_MAX_CONNECTIONS=100_000)
+    # A call waits for a file to be free, for longer than any of the flood stays.
+    server = gunicorn(CRANE_MAX_CONNECTIONS=100_000, CRANE_HEAD_TIMEOUT="2s")
     server.run()
     [worker] = server.http_workers()
     few = worker.num_fds() + 20
     worker.rlimit(resource.RLIMIT_NOFILE, (few, few))
     with clients(server, 100):
         assert server.get("/livez")[0] == 200
-        assert server.run()[0] == 200
+        assert [server.run()[0] for _ in range(40)] == [200] * 40  # of any of its threads
     assert server.http_workers() == [worker]
 
 

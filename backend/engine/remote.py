@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from backend.channel import Channel, MessageTooLarge
@@ -204,16 +205,12 @@ class RemoteEngine(SingleEngine):
         """Connect to the engine, waiting a little for one that is just starting."""
         deadline = time.monotonic() + self._start_s
         while True:
-            end = socket.socket(socket.AF_UNIX)
-            end.setblocking(False)  # else it would wait for an engine that accepts no one
             try:
-                end.connect(str(self._path))
+                return Channel(_connected(self._path), max_bytes=self._max_message)
             except OSError:
-                end.close()
                 if time.monotonic() > deadline:
-                    raise EngineAway("The engine is not running.", retry_after_s=5) from None
-            else:
-                return Channel(end, max_bytes=self._max_message)
+                    fault = "The engine is not running, or cannot be reached."
+                    raise EngineAway(fault, retry_after_s=5) from None
             time.sleep(0.02)
 
 
@@ -269,6 +266,18 @@ def reach(config: Config, registry: Registry) -> EngineClient:
     if len(config.devices) == 1:
         return RemoteEngine(config)
     return SeveralEngines(config, registry)
+
+
+def _connected(path: Path) -> socket.socket:
+    """Raises ``OSError``, also where this process has too many files open."""
+    end = socket.socket(socket.AF_UNIX)
+    end.setblocking(False)  # else it would wait for an engine that accepts no one
+    try:
+        end.connect(str(path))
+    except OSError:
+        end.close()
+        raise
+    return end
 
 
 def _go_together(first: Any, second: Any) -> bool:
