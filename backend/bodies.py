@@ -55,13 +55,17 @@ def _json() -> Any:
 
 def _body_bytes() -> bytes:
     """The body, which nothing keeps: its values take as much again."""
-    encoding = request.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        fault = f"Send the body without Content-Encoding; this one's is {encoding[:100]}."
-        raise UnsupportedMediaType(fault)
+    _check_encoding()
     data = request.get_data(cache=False)
     g.body_bytes = len(data)
     return data
+
+
+def _check_encoding() -> None:
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        fault = f"Send the body without Content-Encoding; this one's is {encoding[:100]}."
+        raise UnsupportedMediaType(fault)
 
 
 def form_lists() -> dict[str, Any]:
@@ -139,6 +143,7 @@ def json_part(part: str | Upload, at: str) -> Any:
 
 
 def form_parts() -> Iterator[tuple[str, str | Upload]]:
+    _check_encoding()
     if "boundary" not in request.mimetype_params:
         raise InvalidRequest.of({"body": "is multipart/form-data without a boundary"})
     try:

@@ -115,6 +115,10 @@ class PayloadTooLarge(CraneError):
     code = "PAYLOAD_TOO_LARGE"
 
 
+def body_too_large(max_body: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The body is larger than {max_body} bytes, the most allowed.")
+
+
 class UnsupportedMediaType(CraneError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "UNSUPPORTED_MEDIA_TYPE"

@@ -22,8 +22,8 @@ from backend.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
-    PayloadTooLarge,
     RouteNotFound,
+    body_too_large,
     error_body,
 )
 from backend.headers import SECURITY_HEADERS
@@ -193,9 +193,7 @@ def of_http(error: HTTPException, config: Config) -> CraneError:
             headers={"Allow": ", ".join(sorted(error.valid_methods or ()))},  # type: ignore[attr-defined]
         )
     if error.code == 413:
-        return PayloadTooLarge(
-            f"The body is larger than {config.max_body} bytes, the most allowed."
-        )
+        return body_too_large(config.max_body)
     if error.code is not None and error.code < 500:
         return InvalidRequest.of({"request": f"is malformed: {error.name}"})
     logger.error("unexpected HTTP error", exc_info=error)

@@ -514,9 +514,18 @@ def test_a_body_of_all_the_values_it_may_have_is_parsed(client):
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br"])
-def test_an_encoding_of_a_body_is_refused_by_name(client, encoding):
-    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-    answer = client.post("/crane/run", data=b"\x1f\x8b", headers=headers)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/crane/run", "application/json"),
+        ("/crane/run", "multipart/form-data; boundary=XX"),
+        ("/v1/embeddings", "application/json"),
+        ("/v1/audio/transcriptions", "multipart/form-data; boundary=XX"),
+    ],
+)
+def test_an_encoding_of_a_body_is_refused_by_name(client, path, kind, encoding):
+    headers = {"Content-Type": kind, "Content-Encoding": encoding}
+    answer = client.post(path, data=b"\x1f\x8b", headers=headers)
     assert answer.status_code == 415
     assert f"Content-Encoding; this one's is {encoding}" in answer.get_json()["error"]["message"]
 

@@ -183,6 +183,21 @@ def test_a_request_that_is_cut_short_is_a_400(server, request_):
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        b"186a1\r\n",
+        b"f" * 16 + b"\r\n" + BODY,
+        b"f" * 8_000 + b"\r\n",
+        b"1\r\n{\r\n186a0\r\n",
+    ],
+)
+@pytest.mark.parametrize("kind", [b"application/json", FORM])
+def test_a_chunk_above_the_limit_is_refused_before_it_comes(server, body, kind):
+    request = post(CHUNKED, body=body, kind=kind).replace(b"Connection: close\r\n", b"")
+    assert refused(exchange(server, request)) == 413
+
+
+@pytest.mark.parametrize(
     "request_", [post(CHUNKED, body=b"zz\r\n"), post(b"Content-Length: 9\r\n")]
 )
 def test_openais_clients_are_refused_in_their_own_shape(server, request_):

@@ -263,7 +263,7 @@ def test_a_response_counts_whole_until_its_last_byte_is_taken():
                 left -= len(client.recv(left))
                 sock.flush()
             connection = Connection(
-                Config(), sock, address, listener.getsockname(), Limits(pace, 1, 1, 1)
+                Config(), sock, address, listener.getsockname(), Limits(pace, 1, 1, 1, 1)
             )
             connection.wait_for_client_to_take()
             assert 0 < sock.unsent <= 2_000_000

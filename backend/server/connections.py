@@ -49,6 +49,7 @@ class Limits:
     head_timeout_s: float
     body_timeout_s: float
     idle_timeout_s: float
+    max_body: int
 
     @classmethod
     def of(cls, config: Config, idle_timeout_s: float) -> Self:
@@ -57,6 +58,7 @@ class Limits:
             head_timeout_s=config.head_timeout_s,
             body_timeout_s=config.request_timeout_s,
             idle_timeout_s=idle_timeout_s,
+            max_body=config.max_body,
         )
 
 
@@ -74,7 +76,7 @@ class Connection:
         self.closed = False
         self.state = State.SILENT
         self._limits = limits
-        self._reader = Unreader(sock, limits.pace, limits.body_timeout_s)
+        self._reader = Unreader(sock, limits.pace, limits.body_timeout_s, limits.max_body)
         self.parser = Parser(cfg, sock, client, self._reader)
         self._head = bytearray()
         self._since = time.monotonic()  # in this state, or with this part of a request
@@ -170,7 +172,7 @@ class Connection:
         line, ended, _ = head.partition(b"\r\n")
         bare = head.count(b"\n") != head.count(b"\r\n")
         if bare or (ended and line and line.count(b" ") != 2) or len(head) > MAX_HEAD:
-            reader = Unreader(self.sock, self._limits.pace, 0)
+            reader = Unreader(self.sock, self._limits.pace, 0, 0)
             reader.feed(head)
             try:
                 Request(self.cfg, reader, self.client)

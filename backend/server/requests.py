@@ -7,21 +7,20 @@ import math
 import select
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from gunicorn.http import body, message, parser, unreader
 from gunicorn.http.errors import NoMoreData, ParseException
 
-from backend.errors import InvalidRequest, RequestTimeout
+from backend.errors import InvalidRequest, RequestTimeout, body_too_large
 from backend.server.sockets import ClientSocket, Pace
 
 MAX_READ = 2**20  # bytes at a time of a large body
 READ = 2**14
-# Pieces that a body in chunks may have, and the bytes of each on average where there are more: each
-# takes 7 µs to parse, while no other thread runs. nginx joins them.
-MAX_PIECES = 4096
-MIN_PIECE = 512
+# Chunks that a body may have, and the bytes of each on average where there are more: each takes
+# 7 µs to parse, while no other thread runs. nginx joins them.
+MAX_CHUNKS = 4096
+MIN_CHUNK = 512
 # Threads that all receive at once what is sent quickly would keep all others from running.
 _RECEIVING = threading.Lock()
 
@@ -29,8 +28,11 @@ _RECEIVING = threading.Lock()
 class Unreader(unreader.Unreader):  # type: ignore[misc]
     """The bytes that have come. A head is parsed once it is whole; a body's rest is waited for."""
 
-    def __init__(self, sock: ClientSocket, pace: Pace, body_timeout_s: float) -> None:
+    def __init__(
+        self, sock: ClientSocket, pace: Pace, body_timeout_s: float, max_body: int
+    ) -> None:
         super().__init__()
+        self.max_body = max_body
         self.expects_continue = False
         self.in_body = False
         self._sock = sock
@@ -122,15 +124,24 @@ class Body(body.Body):  # type: ignore[misc]
         return data
 
 
-def counted(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces of a body in chunks; raises ``InvalidRequest`` where they are too small."""
-    size = 0
-    for count, piece in enumerate(pieces):
-        size += len(piece)
-        if count > MAX_PIECES and size < count * MIN_PIECE:
-            fault = f"has over {MAX_PIECES} chunks of less than {MIN_PIECE} bytes; send larger ones"
+class Chunks(body.ChunkedReader):  # type: ignore[misc]
+    """A body in chunks, which is refused as soon as their sizes say that it is too large."""
+
+    def __init__(self, req: Any, unreader: Unreader) -> None:
+        super().__init__(req, unreader)
+        self._count = self._size = 0
+        self._max_size = unreader.max_body
+
+    def parse_chunk_size(self, unreader: Any, data: bytes | None = None) -> tuple[int, bytes]:
+        size, rest = super().parse_chunk_size(unreader, data)
+        self._count += 1
+        self._size += size
+        if self._size > self._max_size:
+            raise body_too_large(self._max_size)
+        if self._count > MAX_CHUNKS and self._size < self._count * MIN_CHUNK:
+            fault = f"has over {MAX_CHUNKS} chunks of less than {MIN_CHUNK} bytes; send larger ones"
             raise InvalidRequest.of({"body": fault})
-        yield piece
+        return size, rest
 
 
 class Request(message.Request):  # type: ignore[misc]
@@ -144,9 +155,10 @@ class Request(message.Request):  # type: ignore[misc]
 
     def set_body_reader(self) -> None:
         super().set_body_reader()
-        if isinstance(self.body.reader, body.ChunkedReader):
-            self.body.reader.parser = counted(self.body.reader.parser)
-        self.body = Body(self.body.reader, self.unreader)
+        reader = self.body.reader
+        if isinstance(reader, body.ChunkedReader):
+            reader = Chunks(self, self.unreader)
+        self.body = Body(reader, self.unreader)
         # gunicorn would send its 100 at once, and so invite bodies that are refused unread.
         self.unreader.expects_continue = bool(self._expected_100_continue)
         self._expected_100_continue: bool = False
