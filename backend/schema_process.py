@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from backend.schema_faults import BEYOND, in_words
+
 # To compile one schema. Ordinary ones take milliseconds; an enum of 20,000 texts takes 0.1 s.
 CPU_S = 1.0
 WALL_S = 15.0  # where others use the cores too: it yields to them
@@ -67,11 +69,11 @@ def _fault(library: Any, schema: str) -> str:
         if not matcher.is_error():
             matcher.compute_bitmask()
     except (ValueError, RecursionError) as error:
-        return f"cannot be kept to: {str(error)[:200]}"
+        return in_words(str(error))
     except MemoryError:
         return too_much()
     if matcher.is_error():
-        return f"cannot be kept to: {matcher.get_error()[:200]}"
+        return in_words(matcher.get_error())
     return too_large() if _memory()[1] - before > MAX_KEPT else ""
 
 
@@ -88,10 +90,7 @@ def too_large() -> str:
 
 
 def _beyond(limit: str) -> str:
-    return (
-        f"{limit}; use fewer or simpler patterns, allOf, multipleOf, enums and bounds, or ask for "
-        "json_object"
-    )
+    return f"{limit}; {BEYOND}"
 
 
 def _memory() -> tuple[int, int]:

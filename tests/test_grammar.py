@@ -62,6 +62,10 @@ SCHEMAS = {
     "pattern": {"type": "string", "pattern": "^[a-c]{3}-[0-9]+$"},
     "number": {"type": "number"},
 }
+# Parts that refer to one another, with nothing else in them.
+MUTUAL = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
+CROSSED = {name: {"allOf": [one]} for name, one in MUTUAL.items()}
+PATTERNS = {"allOf": [{"type": "string", "pattern": f".*{c}.*{c}"} for c in "abcdefghijkl"]}
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +135,25 @@ def test_a_document_that_is_ended_by_the_model_is_left_so(grammars):
 @pytest.mark.parametrize(
     ("schema", "fault"),
     [
-        ({"type": "nothing"}, "cannot be kept to"),
-        ({"type": "string", "pattern": "("}, "cannot be kept to"),
-        ({"$ref": "#/$defs/none"}, "cannot be kept to"),
-        ({"$ref": "https://example.com/schema"}, "cannot be kept to"),
+        ({"type": "nothing"}, "Invalid type: nothing"),
+        ({"type": "string", "pattern": "("}, "a pattern that is not supported: unclosed group"),
+        ({"type": "string", "pattern": "^(?=a)b"}, "look-ahead"),
+        ({"$ref": "#/$defs/none"}, "has a $ref to /$defs/none, which is not in it"),
+        ({"$ref": "https://example.com/schema"}, "put it under $defs"),
+        ({"$ref": "#"}, "leads back to itself and to nothing else; give it an alternative"),
+        ({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, "leads back to itself and to nothing else"),
+        ({"$ref": "#/$defs/a", "$defs": MUTUAL}, "leads back to itself and to nothing else"),
+        ({"allOf": [{"$ref": "#"}, {"type": "string"}]}, "leads back to itself, and other"),
+        ({"allOf": [{"$ref": f"#/$defs/{one}"} for one in "ab"], "$defs": CROSSED}, "each other"),
+        ({"not": {}, "uniqueItems": True}, 'not supported: "not", "uniqueItems"; leave them out'),
+        ({"oneOf": [{"minLength": 1}, {"type": "string"}]}, "use anyOf"),
+        ({"allOf": [{"pattern": "^a"}, {"pattern": "^b"}], "type": "string"}, "contradict"),
+        ({"allOf": [{"type": "null"}, {"type": "string"}]}, "allows no document"),
+        ({"enum": []}, "allows no document"),
+        ({"required": "a"}, "Expected array for"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf"),
+        ({"type": "number", "multipleOf": 0.123456789123}, "too many digits"),
+        (PATTERNS, "is too complex; use fewer"),
         ({"type": "array", "minItems": 10**6, "items": {"type": "null"}}, ""),
         ({"type": "string", "minLength": 10**6}, ""),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, ""),

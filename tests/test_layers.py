@@ -28,6 +28,7 @@ LAYERS = [
         "backend.metrics",
         "backend.pacing",
         "backend.private",
+        "backend.schema_faults",
         "backend.schema_process",
         "backend.sse",
         "backend.tool_calls",

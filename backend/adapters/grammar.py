@@ -18,6 +18,7 @@ from backend.adapters import compiler
 from backend.adapters.base import Entry
 from backend.adapters.compiler import Abandoned, SchemaRefused
 from backend.errors import InvalidRequest
+from backend.schema_faults import in_words
 from backend.schema_process import build
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Grammars:
         until = time.thread_time() + MAX_ENDING_S
         ending = shortest(matcher.deep_copy(), self.closers, MOST_ENDING, until)
         if matcher.is_error():
-            raise SchemaRefused(f"cannot be kept to: {matcher.get_error()[:200]}")
+            raise SchemaRefused(in_words(matcher.get_error()))
         if ending is None:
             raise SchemaRefused(
                 f"has no document of less than {MOST_ENDING} tokens that is found in "
