@@ -1,13 +1,15 @@
 """Tries out JSON schemas as grammars, in a process that may be ended at any time.
 
 Run as ``python -m backend.schema_process``, with a socket as its standard input and output. A
-request is a schema as JSON, behind its length in 4 bytes; the answer is what is wrong with it, or
-nothing, likewise. It ends with its parent, whose end of the socket closes, and by itself where a
-schema takes too long or too much memory: a library that computes cannot be interrupted otherwise.
+request is a schema as JSON, behind its length (``LENGTH``); the answer is an ``ANSWER`` and what is
+wrong with the schema, or nothing. It ends with its parent, whose end of the socket closes, and by
+itself where a schema takes too long or too much memory: a library that computes cannot be
+interrupted otherwise.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -35,6 +37,7 @@ BLANKS = r"[ ]?|\n[ ]{0,20}"
 MAX_LEXER_STATES = 10_000
 
 LENGTH = struct.Struct(">I")
+ANSWER = struct.Struct(">II")  # bytes that the grammar takes, and of what is wrong
 
 
 def build(library: Any, schema: str) -> Any:
@@ -61,20 +64,21 @@ class _Bytes:
         return list(text.encode() if isinstance(text, str) else text)
 
 
-def _fault(library: Any, schema: str) -> str:
-    """What is wrong with a schema; nothing if it can be compiled."""
+def _try(library: Any, schema: str) -> tuple[int, str]:
+    """The bytes that a grammar takes, and what is wrong with it; nothing if it can be used."""
     before = _memory()[1]
     try:
         matcher = build(library, schema)
         if not matcher.is_error():
             matcher.compute_bitmask()
     except (ValueError, RecursionError) as error:
-        return in_words(str(error))
+        return 0, in_words(str(error))
     except MemoryError:
-        return too_much()
+        return 0, too_much()
     if matcher.is_error():
-        return in_words(matcher.get_error())
-    return too_large() if _memory()[1] - before > MAX_KEPT else ""
+        return 0, in_words(matcher.get_error())
+    size = max(0, _memory()[1] - before)
+    return size, too_large() if size > MAX_KEPT else ""
 
 
 def too_slow() -> str:
@@ -94,7 +98,9 @@ def _beyond(limit: str) -> str:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes of addresses and of pages that this process has; 0 where the system does not tell."""
+    """Bytes of addresses and of pages that this process uses; 0 where the system does not tell."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # or pages that an earlier schema has left would hide those of the next
     try:
         size, resident, *_ = Path("/proc/self/statm").read_text().split()
     except OSError:
@@ -123,10 +129,11 @@ def main() -> None:
         # Their signals end the process, whatever the library is doing.
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         signal.setitimer(signal.ITIMER_REAL, WALL_S)
-        fault = _fault(library, schema).encode()
+        size, fault = _try(library, schema)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(LENGTH.pack(len(fault)) + fault)
+        text = fault.encode()
+        sys.stdout.buffer.write(ANSWER.pack(size, len(text)) + text)
         sys.stdout.buffer.flush()
         if _memory()[1] - resident > MAX_LEFT:
             return

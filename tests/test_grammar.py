@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from backend.adapters import grammar
 from backend.adapters.grammar import Form, Grammars
 from backend.errors import InvalidRequest
 from tests.checkpoints import checkpoint
@@ -87,18 +88,18 @@ class Caller:
         return False
 
 
-def start(grammar, form, room, caller=None):
+def start(grammars, form, room, caller=None):
     """Keep a text to a form, once its schema is compiled."""
-    compiled = grammar.compile(form, caller or Caller())
+    compiled = grammars.compile(form, caller or Caller())
     wait([compiled], timeout=60)
-    return grammar.start(compiled, form, room)
+    return grammars.start(compiled, form, room)
 
 
 def write(grammars, schema, room, seed):
     """A document of random tokens, and how many."""
-    grammar, tokenizer = grammars
+    model, tokenizer = grammars
     draw = torch.Generator().manual_seed(seed)
-    constraint, ids = start(grammar, form(schema), room), []
+    constraint, ids = start(model, form(schema), room), []
     while not constraint.done:
         scores = torch.randn(len(tokenizer) + 5, generator=draw) * 3
         constraint.mask(scores)
@@ -190,6 +191,15 @@ def test_grammars_are_kept_and_the_oldest_go(grammars):
     first = next(iter(kept))
     start(grammars[0], form(json.loads(first)), 50)
     assert next(iter(kept)) != first
+
+
+def test_grammars_are_kept_within_a_sum_of_bytes(grammars, monkeypatch):
+    monkeypatch.setattr(grammar, "MAX_KEPT_BYTES", 16 * 2**20)
+    kept = grammars[0]._kept
+    for name in "abc":  # of some 6 MB
+        schema = {"enum": [f"{name} {place}" for place in range(20_000)]}
+        start(grammars[0], form(schema), 50)
+    assert [json.loads(schema)["enum"][0] for schema in kept] == ["b 0", "c 0"]
 
 
 @pytest.mark.parametrize("name", ["t5", "masked_lm"])

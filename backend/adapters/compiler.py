@@ -24,7 +24,7 @@ from typing import Any
 
 from backend import schema_process
 from backend.errors import CraneError, InternalError, Overloaded
-from backend.schema_process import LENGTH, WALL_S
+from backend.schema_process import ANSWER, LENGTH, WALL_S
 
 logger = logging.getLogger("crane.engine")
 
@@ -45,7 +45,7 @@ class Abandoned(Exception):
 @dataclass(eq=False, slots=True)
 class _Work:
     schema: str
-    build: Callable[[], Any]
+    build: Callable[[int], Any]
     wanted: Callable[[], bool]
     done: Future[Any] = field(default_factory=Future)
 
@@ -57,14 +57,17 @@ class _Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def check(self, schema: bytes) -> str:
-        """What is wrong with a schema, or nothing. Raises ``Overloaded`` where time did not do."""
+    def check(self, schema: bytes) -> tuple[int, str]:
+        """The bytes of a schema's grammar, and what is wrong with it, or nothing.
+
+        Raises ``Overloaded`` where time did not do.
+        """
         for _ in range(2):  # it may have ended, or been ended, after its last answer
             process, link = self._start()
             try:
                 link.sendall(LENGTH.pack(len(schema)) + schema)
-                (length,) = LENGTH.unpack(_receive(link, LENGTH.size))
-                return _receive(link, length).decode()
+                size, length = ANSWER.unpack(_receive(link, ANSWER.size))
+                return size, _receive(link, length).decode()
             except TimeoutError:
                 process.kill()
                 self.end()
@@ -73,7 +76,7 @@ class _Process:
                 self.end()
             if process.returncode not in (0, -signal.SIGKILL):
                 break
-        return self._why(process.returncode)
+        return 0, self._why(process.returncode)
 
     def end(self) -> None:
         if self._process is None or self._socket is None:
@@ -125,12 +128,12 @@ class Compiler:
         self._queues: dict[str, deque[_Work]] = {}  # in the order of the callers' turns
         self._busy: set[str] = set()  # callers, each with one schema at a time
         self._threads = self._idle = 0
-        self._known: OrderedDict[bytes, str] = OrderedDict()  # what is wrong with it, by digest
+        self._known: OrderedDict[bytes, tuple[int, str]] = OrderedDict()  # of ``check``, by digest
 
     def submit(
-        self, schema: str, build: Callable[[], Any], *, caller: str, wanted: Callable[[], bool]
+        self, schema: str, build: Callable[[int], Any], *, caller: str, wanted: Callable[[], bool]
     ) -> Future[Any]:
-        """Have ``build`` run, in another thread, once its schema was tried out.
+        """Have ``build`` run, in another thread, with the bytes of the schema that was tried out.
 
         The future has its result; or ``SchemaRefused``, ``Abandoned`` where nobody ``wanted`` it
         any more, or a ``CraneError``.
@@ -189,9 +192,10 @@ class Compiler:
         try:
             if not work.wanted():
                 raise Abandoned
-            if fault := self._fault(work.schema.encode(), process):
+            size, fault = self._try(work.schema.encode(), process)
+            if fault:
                 raise SchemaRefused(fault)
-            result = work.build()
+            result = work.build(size)
         except (SchemaRefused, Abandoned, CraneError) as error:
             work.done.set_exception(error)
         except BaseException:  # every caller has an answer
@@ -200,19 +204,19 @@ class Compiler:
         else:
             work.done.set_result(result)
 
-    def _fault(self, schema: bytes, process: _Process) -> str:
-        """What is wrong with a schema, which is tried out once."""
+    def _try(self, schema: bytes, process: _Process) -> tuple[int, str]:
+        """As ``check``, once for each schema."""
         digest = hashlib.sha256(schema).digest()
         with self._lock:
-            fault = self._known.get(digest)
-        if fault is None:
-            fault = process.check(schema)
+            known = self._known.get(digest)
+        if known is None:
+            known = process.check(schema)
         with self._lock:
-            self._known[digest] = fault
+            self._known[digest] = known
             self._known.move_to_end(digest)
             if len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
-        return fault
+        return known
 
 
 def _receive(link: socket.socket, count: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("crane.engine")
 
-MAX_KEPT = 16  # grammars of a model; an ordinary one takes some milliseconds to make
+# Grammars of a model, and their bytes; an ordinary one takes some milliseconds and kilobytes.
+MAX_KEPT, MAX_KEPT_BYTES = 16, 64 * 2**20
 MOST_ENDING = 1024  # tokens that a document may need at least
 # Seconds of the CPU to find a grammar's shortest document, beside the model's thread.
 MAX_ENDING_S = 2.0
@@ -56,6 +58,7 @@ class Grammar:
 
     matcher: Any
     ending: list[int]
+    size: int  # bytes
 
 
 class Grammars:
@@ -68,6 +71,7 @@ class Grammars:
         self.closers: list[int] = []
         self._library: Any = None
         self._kept: OrderedDict[bytes, Future[Grammar]] = OrderedDict()
+        self._lock = threading.Lock()  # so that no two threads change what is kept
 
     def compile(self, form: Form, entry: Entry) -> Future[Grammar]:
         """The grammar of an entry's form, which it may have waited for before; ``start`` takes it.
@@ -82,16 +86,26 @@ class Grammars:
         schema = orjson.dumps(form.schema)
         future = self._kept.get(schema)
         if future is None or not _is_final(future):
-            future = self._kept[schema] = compiler.submit(
+            future = compiler.submit(
                 schema.decode(),
                 partial(self._build, schema.decode()),
                 caller=entry.caller,
                 wanted=lambda: not entry.cancelled(),
             )
-        self._kept.move_to_end(schema)
-        if len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
+            future.add_done_callback(lambda _: self._drop_oldest())
+        with self._lock:
+            self._kept[schema] = future
+            self._kept.move_to_end(schema)
+        self._drop_oldest()
         return future
+
+    def _drop_oldest(self) -> None:
+        """Keep no more than may be; also in the compiler's threads, as a size becomes known."""
+        with self._lock:
+            sizes = {schema: _size(future) for schema, future in self._kept.items()}
+            while len(sizes) > MAX_KEPT or sum(sizes.values()) > MAX_KEPT_BYTES:
+                oldest = next(iter(sizes))
+                del sizes[oldest], self._kept[oldest]
 
     def start(self, compiled: Future[Grammar], form: Form, room: int) -> Constraint:
         """Keep a text to a compiled form.
@@ -107,7 +121,7 @@ class Grammars:
             raise InvalidRequest.of({"options.max_tokens": fault})
         return Constraint(self, grammar, room)
 
-    def _build(self, schema: str) -> Grammar:
+    def _build(self, schema: str, size: int) -> Grammar:
         """Compile a schema that was tried out; in a thread of ``Compiler``."""
         matcher = build(self._library, schema)
         until = time.thread_time() + MAX_ENDING_S
@@ -119,7 +133,7 @@ class Grammars:
                 f"has no document of less than {MOST_ENDING} tokens that is found in "
                 f"{MAX_ENDING_S:g} s; lower its minItems, minLength and required properties"
             )
-        return Grammar(matcher, ending)
+        return Grammar(matcher, ending, size)
 
     def _read_tokens(self, form: Form) -> Any:
         """The library's view of the vocabulary: 0.3 s, once, in the model's thread."""
@@ -149,6 +163,10 @@ def _is_final(future: Future[Grammar]) -> bool:
         return True
     error = future.exception()
     return error is None or isinstance(error, SchemaRefused)
+
+
+def _size(future: Future[Grammar]) -> int:
+    return future.result().size if future.done() and not future.exception() else 0
 
 
 class Constraint:
