@@ -67,8 +67,18 @@ class Channel:
     def closed(self) -> bool:
         return self._end.fileno() < 0
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether some of what was sent is left for ``flush``."""
+        return bool(self._out)
+
     def close(self) -> None:
         self._end.close()
+
+    def take_no_more(self) -> None:
+        """Have the other end fail to send from now on; what it has sent can still be received."""
+        with suppress(OSError):  # it has gone
+            self._end.shutdown(socket.SHUT_RD)
 
     def send(self, message: Sequence[Part]) -> bool:
         """Send a message's parts; false where some of it is left for ``flush``.

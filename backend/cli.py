@@ -15,8 +15,8 @@ from flask.cli import AppGroup
 
 from backend.crane_api import describe
 from backend.engine.client import EngineClient
-from backend.engine.remote import reach
 from backend.engine.residency import shown_size
+from backend.engine.several import reach
 from backend.engine.status import nowhere
 from backend.errors import CraneError, KeysUnavailable, did_you_mean
 from backend.http import crane as parts

@@ -30,7 +30,7 @@ from backend.errors import ModelUnavailable
 from backend.media import audio, images, video
 from tests.conftest import ECHO, MINILM
 from tests.pictures import base64_of, picture
-from tests.serving import ROOT, wait_for
+from tests.serving import ROOT, wait_for, wait_for_end
 
 CORES = cores.allowed()
 
@@ -162,6 +162,31 @@ def test_when_the_supervisor_is_killed_another_one_takes_over(gunicorn, devices)
         wait_for(lambda: server.run(input="again")[0] == 200, timeout_s=30)
         assert len(server.processes("backend.engine.supervisor")) == 1
     # `server.stop` finds that nothing is left.
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"], ids=["one", "several"])
+def test_while_engines_are_replaced_every_call_is_answered_and_costs_a_unit(gunicorn, devices):
+    settings = {"CRANE_QUOTA": "on", "CRANE_TIERS": "free 100000/day", "CRANE_WORKERS": 2}
+    server = gunicorn(CRANE_DEVICES=devices, **settings)
+    before = server.processes("backend.engine.server")
+    statuses, over = [], threading.Event()
+
+    def call():
+        while not over.is_set():
+            statuses.append(server.run()[0])
+
+    with ThreadPoolExecutor(4) as threads:
+        callers = [threads.submit(call) for _ in range(4)]
+        wait_for(lambda: len(statuses) > 20)
+        server.processes("backend.engine.supervisor")[0].kill()
+        assert not wait_for_end(before, 20)
+        count = len(statuses)
+        wait_for(lambda: len(statuses) > count + 20, 30)
+        over.set()
+        for caller in callers:
+            caller.result(30)
+    assert set(statuses) == {200}
+    assert server.get("/crane/quota")[1]["limits"][0]["left"] == 100_000 - len(statuses)
 
 
 def test_a_call_ends_though_the_supervisor_is_killed(gunicorn):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from backend.config import Config
 from backend.engine.client import EngineClient
 from backend.engine.inline import InlineEngine
-from backend.engine.remote import reach
+from backend.engine.several import reach
 from backend.registry import Registry
 
 

@@ -124,8 +124,10 @@ class Placement:
         for link in self._links:
             with suppress(ModelUnavailable):
                 engines[link.index] = link.look()
+        # One that drains takes no calls: what it has is there no more for whoever chooses.
+        taking = {index: told for index, told in engines.items() if not told.get("draining")}
         with self._lock:
-            self._engines, self._counted = engines, mine
+            self._engines, self._counted = taking, mine
             self._looked_at = time.monotonic()
         return engines
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,9 @@ from backend.channel import Channel, MessageTooLarge
 from backend.config import Config
 from backend.engine import wire
 from backend.engine.calls import Answer, Call, Event, total
-from backend.engine.client import HUNG_UP, EngineClient, SingleEngine, Stream, caller_gone
-from backend.engine.placement import Placement
-from backend.engine.status import together
+from backend.engine.client import HUNG_UP, SingleEngine, Stream, caller_gone
 from backend.errors import CraneError, ModelUnavailable, PayloadTooLarge
 from backend.messages import BadMessage, Part
-from backend.registry import Registry
 
 logger = logging.getLogger("crane.engine")
 
@@ -32,10 +30,16 @@ ENGINE_START_S = (
 )
 STATUS_TIMEOUT_S = 2.0
 BEGUN_TIMEOUT_S = 0.25
+RESEND_S = 0.1  # before a call is sent again that an engine did not begin
+IN_AND_OUT = select.POLLIN | select.POLLOUT
 
 
 class EngineAway(ModelUnavailable):
     """The engine is not there, and has read nothing of what it was to be told."""
+
+
+class EngineEnding(EngineAway):
+    """The engine ends, and has begun nothing of the call."""
 
 
 class Ticket:
@@ -50,6 +54,8 @@ class Ticket:
         """Raises ``BadMessage``."""
         for message in messages:
             told: Any = wire.unpack_answer(self.call_id, message)
+            if isinstance(told, Event) and told.kind == wire.ENDING:
+                told = _engine_ending()
             last: Any = self.told[-1] if self.told else None
             if _go_together(last, told):  # whoever is slower than the model gets more at once
                 last.data["text"] += told.data["text"]
@@ -74,6 +80,18 @@ class RemoteEngine(SingleEngine):
         self._max_message = config.max_message
         self._start_s = start_s
         self._local = threading.local()
+
+    def stream(self, call: Call, caller_socket: socket.socket | None = None) -> Stream:
+        deadline = time.monotonic() + call.timeout_s
+        while True:
+            try:
+                yield from super().stream(call, caller_socket)
+                return
+            except EngineEnding:  # it soon has, and ``_reach`` waits for the one that follows
+                if not self._start_s or time.monotonic() + RESEND_S > deadline:
+                    raise
+            time.sleep(RESEND_S)
+            call = with_time_left(call, deadline)
 
     def look(self) -> dict[str, Any]:
         message = self._ask(None)
@@ -129,7 +147,7 @@ class RemoteEngine(SingleEngine):
             _send_call(channel, data)
         except OSError:
             self._hang_up(channel)
-            raise _engine_gone() from None
+            raise _engine_ending() from None
         return Ticket(channel, call.request_id)
 
     def _wait(
@@ -181,8 +199,7 @@ class RemoteEngine(SingleEngine):
             poll.register(caller_socket, HUNG_UP)
         try:
             while True:
-                wanted = select.POLLIN if channel.flush() else select.POLLIN | select.POLLOUT
-                poll.register(channel, wanted)
+                poll.register(channel, select.POLLIN if _flush(channel) else IN_AND_OUT)
                 left_s = deadline - time.monotonic()
                 ready = poll.poll(max(0, math.ceil(left_s * 1e3)))  # below 0 is for ever
                 if not ready:
@@ -212,60 +229,6 @@ class RemoteEngine(SingleEngine):
                     fault = "The engine is not running, or cannot be reached."
                     raise EngineAway(fault, retry_after_s=5) from None
             time.sleep(0.02)
-
-
-class SeveralEngines(EngineClient):
-    """An engine for each of ``CRANE_DEVICES``, of which ``Placement`` chooses one for each call."""
-
-    def __init__(self, config: Config, registry: Registry) -> None:
-        super().__init__(config)
-        self._registry = registry
-        self._names = config.devices
-        # Where one is just starting, another may do what is to be done.
-        count = len(self._names)
-        self._engines = [RemoteEngine(config, index, start_s=0) for index in range(count)]
-        lock = config.engine_sockets[0].with_name("placement.lock")
-        self._placement = Placement(self._engines, self._names, registry, lock)
-
-    def stream(self, call: Call, caller_socket: socket.socket | None = None) -> Stream:
-        spec = self._registry.get(call.model_id)
-        deadline = time.monotonic() + ENGINE_START_S
-        while True:
-            with self._placement.place(spec, len(call.inputs) * call.repeat) as chosen:
-                try:
-                    yield from self._engines[chosen.index].stream(call, caller_socket)
-                    return
-                except EngineAway:  # it died since it was looked at, so another may do it
-                    if time.monotonic() > deadline:
-                        raise
-            time.sleep(0.02)
-            self._placement.look()
-
-    def status(self) -> dict[str, Any]:
-        deadline = time.monotonic() + ENGINE_START_S
-        while not (looks := self._placement.look()):
-            if time.monotonic() > deadline:
-                raise ModelUnavailable("No engine answers.", retry_after_s=5)
-            time.sleep(0.02)
-        return together(self._names, looks)
-
-    def control(self, order: str, model_id: str) -> None:
-        spec = self._registry.get(model_id)
-        self.status()  # or raise
-        if order == "load":
-            self._placement.load(spec)
-        else:
-            self._placement.unload(spec)
-
-    def close(self) -> None:
-        """Nothing to do: the engines are their supervisor's to end."""
-
-
-def reach(config: Config, registry: Registry) -> EngineClient:
-    """The engines whose sockets ``config`` knows."""
-    if len(config.devices) == 1:
-        return RemoteEngine(config)
-    return SeveralEngines(config, registry)
 
 
 def _connected(path: Path) -> socket.socket:
@@ -305,6 +268,25 @@ def _not_understood(error: BadMessage) -> ModelUnavailable:
         "The engine's answer could not be read. Try again; if it stays so, all of the service "
         "must be started again, for its parts are of different versions.",
         retry_after_s=1,
+    )
+
+
+def with_time_left(call: Call, deadline: float) -> Call:
+    """A call that is sent again, with the time that it still has."""
+    return replace(call, timeout_s=max(0.1, round(deadline - time.monotonic(), 1)))
+
+
+def _flush(channel: Channel) -> bool:
+    """Send what is left of a call; an engine that has not all of it has not begun it."""
+    try:
+        return channel.flush()
+    except OSError:
+        raise _engine_ending() from None
+
+
+def _engine_ending() -> EngineEnding:
+    return EngineEnding(
+        "The engine is being replaced; nothing of your call has begun.", retry_after_s=5
     )
 
 

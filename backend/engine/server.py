@@ -37,6 +37,7 @@ logger = logging.getLogger("crane.engine")
 BROKEN = 70  # the exit status; EX_SOFTWARE of sysexits.h
 # For the calls of other models, when one hangs; their callers may try again on the next engine.
 DRAIN_S, DRAIN_LOOK_S = 5.0, 0.1
+UNSENT_S = 2.0  # past that, for answers that callers are still taking
 ACCEPT_PAUSE_S = 0.05  # where no connection can be taken for now
 
 
@@ -59,6 +60,7 @@ class Server:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(config.engine_sockets[index]))
         self._listener.listen(socket.SOMAXCONN)
+        self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._outbox: deque[tuple[Channel, str, Answer | CraneError | None]] = deque()
         # So that no connection is closed by one thread while another writes to it.
@@ -66,7 +68,7 @@ class Server:
         self._woken, self._wake = socket.socketpair()
         self._woken_up = False
         self._jobs: dict[Channel, Job | None] = {}
-        self._stopping = self._broken = False
+        self._broken = self._draining = False
         self._ends_at = math.inf
 
     def serve(self) -> int:
@@ -78,8 +80,8 @@ class Server:
         self._engine.load_pinned()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        while not self._stopping:
-            for key, events in self._selector.select(DRAIN_LOOK_S if self._broken else None):
+        while not self._is_over():
+            for key, events in self._selector.select(DRAIN_LOOK_S if self._draining else None):
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj is self._woken:
@@ -88,13 +90,14 @@ class Server:
                     self._send_answers()
                 elif isinstance(key.fileobj, Channel):
                     self._serve(key.fileobj, events)
-            self._drain()
+        self._hand_back()
         return BROKEN if self._broken else 0
 
     def close(self) -> None:
         """Finish what is queued and end ``serve``, from any thread."""
+        self._draining = True
         self._engine.close()
-        self._stopping = True
+        self._ends_at = min(self._ends_at, time.monotonic())
         self._wake_up()
 
     def _break(self, at_once: bool) -> None:
@@ -103,16 +106,41 @@ class Server:
         Whoever has an answer by then gets it; the others are told by their connections' end.
         Unless ``at_once``, the calls that other models have get some time, and new ones none.
         """
-        self._broken = True
-        self._stopping |= at_once
-        self._ends_at = min(self._ends_at, time.monotonic() + DRAIN_S)
+        self._broken = self._draining = True
+        self._ends_at = min(self._ends_at, time.monotonic() + (0 if at_once else DRAIN_S))
         self._wake_up()
 
-    def _drain(self) -> None:
-        """Once a model broke: stop where no call is left, or its time is up."""
-        idle = not any(self._jobs.values()) and not self._outbox
-        if self._broken and (idle or time.monotonic() >= self._ends_at):
-            self._stopping = True
+    def _is_over(self) -> bool:
+        """Whether the time is up, or no call is left once a model broke; and answers are sent."""
+        if not self._draining:
+            return False
+        now = time.monotonic()
+        over = now >= self._ends_at or (self._broken and not any(self._jobs.values()))
+        unsent = self._outbox or any(caller.has_unsent for caller in self._jobs)
+        return over and (not unsent or now >= self._ends_at + UNSENT_S)
+
+    def _hand_back(self) -> None:
+        """Before the end: have other engines do the calls of which nothing has begun here.
+
+        Those that are on their way are read, and what comes later is refused by the system.
+        """
+        self._listener.shutdown(socket.SHUT_RD)
+        while self._accept():
+            pass
+        self._send_answers()
+        for caller, job in list(self._jobs.items()):
+            caller.take_no_more()
+            if job is None:
+                while not caller.closed:  # until its end, which comes after what was sent before
+                    self._serve(caller, selectors.EVENT_READ)
+                continue
+            job.cancel()  # first, or it may yet begin
+            if job.usage is None:
+                self._refuse(caller, job.call.request_id)
+
+    def _refuse(self, caller: Channel, call_id: str) -> None:
+        """Have another engine do a call, of which nothing has begun and nothing will."""
+        self._send(caller, wire.pack_answer(call_id, Event(wire.ENDING, {})))
 
     def _wake_up(self) -> None:
         if self._woken_up:  # and that was not read yet: whatever is there by then will be seen
@@ -120,16 +148,19 @@ class Server:
         self._woken_up = True
         self._wake.send(b"\0")
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take a connection, if there is one."""
         try:
             caller, _ = self._listener.accept()
         except OSError:  # the other end has gone again, or this process has too many files open
-            logger.warning("a connection could not be taken", exc_info=True)
-            time.sleep(ACCEPT_PAUSE_S)
-            return
+            if not self._draining:
+                logger.warning("a connection could not be taken", exc_info=True)
+                time.sleep(ACCEPT_PAUSE_S)
+            return False
         channel = Channel(caller, max_bytes=self._max_message)
         self._jobs[channel] = None
         self._selector.register(channel, selectors.EVENT_READ)
+        return True
 
     def _serve(self, caller: Channel, events: int) -> None:
         try:
@@ -155,7 +186,7 @@ class Server:
         if caller.closed:  # by a message before
             return
         if request is None:
-            self._send(caller, wire.pack(self._engine.status()))
+            self._send(caller, wire.pack({**self._engine.status(), "draining": self._draining}))
         elif isinstance(request, tuple) and request[0] == wire.BEGUN:
             if job := self._jobs[caller]:  # given up; cancelled first, or it may yet begin
                 job.cancel()
@@ -176,9 +207,10 @@ class Server:
             self._outbox.append((caller, call.request_id, told))
             self._wake_up()
 
+        if self._draining:
+            self._refuse(caller, call.request_id)
+            return
         try:
-            if self._broken:
-                raise ModelUnavailable("The engine is being replaced.", retry_after_s=DRAIN_S)
             self._jobs[caller] = self._engine.submit(call, tell)
         except CraneError as error:
             self._send(caller, wire.pack_answer(call.request_id, error))
@@ -189,6 +221,8 @@ class Server:
     def _order(self, caller: Channel, order: str, model_id: str) -> None:
         answer: CraneError | None = None
         try:
+            if self._draining and order != "unload":
+                raise ModelUnavailable("The engine is being replaced.", retry_after_s=DRAIN_S)
             self._engine.control(order, model_id)
         except CraneError as error:
             answer = error

@@ -21,6 +21,8 @@ __all__ = ["BadMessage", "pack", "unpack"]
 
 # Asks what was used of the call on this connection, if it began to run; so is the event called.
 BEGUN = "begun"
+# Says that the engine ends before it would begin the call: another may do it.
+ENDING = "ending"
 ORDERS = ("load", "unload", "prepare", BEGUN)
 MAX_RUNS = 100_000  # of a call: the most that CRANE_MAX_BATCH may be
 
