@@ -200,6 +200,8 @@ def test_grammars_are_kept_within_a_sum_of_bytes(grammars, monkeypatch):
         schema = {"enum": [f"{name} {place}" for place in range(20_000)]}
         start(grammars[0], form(schema), 50)
     assert [json.loads(schema)["enum"][0] for schema in kept] == ["b 0", "c 0"]
+    sizes = [compiled.result().size for compiled in kept.values()]
+    assert all(size > 3 * 2**20 for size in sizes), sizes
 
 
 @pytest.mark.parametrize("name", ["t5", "masked_lm"])
