@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from backend.adapters.sound_models import MusicGen, Vits
+from backend.adapters.vocoder import WINDOW
 from tests.checkpoints import built_when_asked
 from tests.conftest import run, together
 from tests.gpu import GPU
@@ -201,6 +202,28 @@ def test_a_batch_is_what_each_of_it_is_alone(make_app, checkpoint, direct, kind)
     assert batch["metadata"]["usage"]["audio_seconds"] == pytest.approx(
         sum(lengths) / (24_000 if kind not in ("vits", "speecht5") else 16_000), abs=1e-4
     )
+
+
+def test_speech_that_is_made_in_windows_is_what_it_is_at_once(make_app, checkpoint, direct):
+    text = " ".join(TEXTS)
+    expected = direct("vits", text, seed=5)
+    assert len(expected) / 32 > 3 * WINDOW  # frames
+    answer = run(
+        make_app([entry(checkpoint, "vits")]).test_client(), "vits", text, options={"seed": 5}
+    )
+    alike(answer.json["output"], expected)
+
+
+def test_speech_that_gets_too_long_is_refused_before_it_is_made(make_app, checkpoint):
+    client = make_app([entry(checkpoint, "vits")]).test_client()
+    answer = run(client, "vits", ["one", "the crane is large " * 53])
+    assert answer.status_code == 400, answer.json
+    [(path, fault)] = answer.json["error"]["details"].items()
+    assert path == "input[1]"
+    assert "s of speech, and" in fault
+    text = "the crane is grey " * 12
+    assert run(client, "vits", text).status_code == 200
+    assert run(client, "vits", text, options={"speed": 0.25}).status_code == 400
 
 
 def test_padding_changes_the_sound_of_vits_so_that_it_is_not_padded(checkpoint):

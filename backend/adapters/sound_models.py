@@ -16,7 +16,8 @@ import numpy as np
 
 from backend.adapters.long_texts import readable
 from backend.adapters.transformers_base import MAX_TOKENS
-from backend.errors import ModelUnavailable
+from backend.adapters.vocoder import decode_in_windows
+from backend.errors import InvalidRequest, ModelUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -116,10 +117,15 @@ class Vits(SoundModel):
     class_name = "VitsModel"
     takes = frozenset(("speed",))
     most_tokens = 2048  # it has no window, but attends to all of a text at once; a minute or two
+    # Of a text. The matrices, of which it makes five, have a number for each frame and token.
+    max_seconds, max_matrix = 300, 2**24
 
     def settle(self, weights: str, revision: dict[str, Any]) -> None:
         self.rate = self.config.sampling_rate
         self.window = min(self.window or self.most_tokens, self.most_tokens)
+        self._speaking_rate = 1.0
+        self.model.duration_predictor.register_forward_hook(self._check_duration)
+        decode_in_windows(self.model.decoder)
         if self.config.num_speakers > 1:
             self.voices = [str(speaker) for speaker in range(self.config.num_speakers)]
         for flag, package in (("phonemize", "phonemizer"), ("is_uroman", "uroman")):
@@ -133,13 +139,28 @@ class Vits(SoundModel):
         [prompt] = prompts
         ids = self.tensor(prompt.ids)
         speaker = int(options["voice"] or 0) if self.voices else None
+        self._speaking_rate = self.model.speaking_rate * (options["speed"] or 1.0)
         output = self.model(
             input_ids=ids,
             attention_mask=ids.new_ones(ids.shape),
             speaker_id=speaker,
-            speaking_rate=self.model.speaking_rate * (options["speed"] or 1.0),
+            speaking_rate=self._speaking_rate,
         )
         return [wave(output.waveform[0])]
+
+    def _check_duration(self, _: Any, __: Any, log_durations: torch.Tensor) -> None:
+        """Refuse a text once it is known how long it gets, before that takes time and memory."""
+        durations = (log_durations.exp() / self._speaking_rate).ceil()
+        seconds_per_frame = math.prod(self.config.upsample_rates) / self.rate
+        seconds = float(durations.sum()) * seconds_per_frame
+        tokens = log_durations.shape[-1]
+        most = min(self.max_seconds, self.max_matrix / tokens * seconds_per_frame)
+        if seconds > most:
+            fault = (
+                f"is {seconds:.0f} s of speech, and {most:.0f} s are the most of a text of this "
+            )
+            fault += "length; shorten it, or raise options.speed"
+            raise InvalidRequest.of({"input": fault})
 
 
 VOCODER = "microsoft/speecht5_hifigan"

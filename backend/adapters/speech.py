@@ -108,7 +108,7 @@ class SoundMaker(Adapter):
             try:
                 with self._drawing(run, batch):
                     made = self.model.make([prompts[place] for place in run], batch.options)
-            except DeadlineExceeded as error:
+            except (DeadlineExceeded, InvalidRequest) as error:
                 results |= dict.fromkeys(run, error)
                 continue
             for place, samples in zip(run, made, strict=True):
