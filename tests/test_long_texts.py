@@ -277,6 +277,18 @@ def test_what_is_no_text_to_a_model_is_refused_alone(make_app, checkpoint, seen,
     assert at.replace("input", "input[0]") in several
 
 
+def test_a_context_is_refused_wherever_it_is_no_text(make_app, checkpoint, seen):
+    """It is read to its end, however long it is."""
+    entry = {"id": "m", "type": "question-answering", "hf_model": checkpoint("question_answerer")}
+    client = make_app([entry]).test_client()
+    words = MUCH[:30_000]
+    refused = run(client, "m", {"question": "a", "context": words + EMPTY})
+    assert refused.status_code == 400, refused.json
+    assert "too few tokens" in refused.json["error"]["details"]["input.context"]
+    assert 0 < seen[0] < 30_000
+    assert run(client, "m", {"question": "a", "context": words}).status_code == 200
+
+
 @pytest.mark.parametrize("task", ASKED)
 def test_no_adapter_tokenises_all_of_a_long_text(make_app, checkpoint, seen, task):
     name, value, at = ASKED[task]

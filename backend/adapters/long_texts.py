@@ -56,6 +56,15 @@ def readable(
     return text
 
 
+def check_all(text: str, window: int | None, tokenizer: Any, *, at: str) -> None:
+    """Refuse, as ``readable`` does, a text that is read to its end, wherever it is no text."""
+    if window is None:
+        return
+    size = MAX_CHARACTERS * (window + MARGIN) + 1
+    for start in range(0, len(text), size):
+        readable(text[start : start + size], window, tokenizer, at=at)
+
+
 def _beginning(text: str, size: int) -> str:
     """Some ``size`` characters, to the end of a word if there is one."""
     at = text.rfind(" ", size // 2, size)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backend.adapters.base import Batch, Prediction, too_late
-from backend.adapters.long_texts import or_more
+from backend.adapters.long_texts import check_all, or_more
 from backend.adapters.numbers import check_numbers
 from backend.adapters.transformers_base import TransformersAdapter
 from backend.errors import CraneError, InvalidRequest
@@ -32,7 +32,8 @@ class QuestionAnswerer(TransformersAdapter):
         for index in batch.pending(range(len(batch))):
             try:
                 question = self.readable(batch.inputs[index]["question"], "input.question")
-                self.readable(batch.inputs[index]["context"], "input.context")
+                context = batch.inputs[index]["context"]
+                check_all(context, self.window, self.tokenizer, at="input.context")
             except InvalidRequest as error:
                 results[index] = error
                 continue
