@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 # Before a supervisor that has died is started anew, growing where it dies again and again.
 SUPERVISOR_PAUSE_S, MAX_SUPERVISOR_PAUSE_S = 0.5, 30.0
 SUPERVISOR_END_S = 60.0  # above its own limits, so that it is killed only when stuck
+ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 os.environ.setdefault("CRANE_ENGINE", "process")
 
@@ -93,6 +94,7 @@ def when_ready(server):
     take_turns()
     # A reload reads this file anew, and would leave the engine with the settings of before.
     signal.signal(signal.SIGHUP, lambda *_: server.log.warning("HUP is ignored: restart instead"))
+    keep_ends_of_new_workers()
     try:
         _sockets, _lock = make_run_folder(settings.data_dir)
     except DataFolderError as error:
@@ -110,6 +112,23 @@ def when_ready(server):
         _supervisor = start_supervisor()
         keep_supervised(server)
     greet(server)
+
+
+def keep_ends_of_new_workers():
+    """Have a worker that has just been forked hear that it is to end, once it has its handlers.
+
+    Until then it has the master's, which would put the signal where nobody looks: the master would
+    wait for the worker for all of ``graceful_timeout``. ``post_worker_init`` unblocks them.
+    """
+    master = os.getpid()
+
+    def mask(how):
+        if os.getpid() == master:
+            signal.pthread_sigmask(how, ENDS)
+
+    os.register_at_fork(
+        before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK)
+    )
 
 
 def start_supervisor():
@@ -223,6 +242,10 @@ def post_fork(server, worker):
         os.close(_supervisor.stdin.fileno())
     # A request asks for twenty settings, and gunicorn looks for each of them by two calls.
     vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
+
+
+def post_worker_init(worker):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
 
 
 def child_exit(server, worker):

@@ -122,6 +122,11 @@ class Gunicorn:
         finally:
             connection.close()
 
+    def under_way(self, model_id: str) -> int:
+        """How many inputs of a model are running or queued."""
+        model = self.get(f"/crane/models/{model_id}")[1]
+        return model["queue"] + (model["running"] or {"inputs": 0})["inputs"]
+
     def stream(self, model_id="echo", input="hello", timeout_s=60, **body) -> Stream:
         """POST /crane/run for a stream of events."""
         body = {"model_id": model_id, "input": input, "stream": True, **body}
@@ -202,7 +207,7 @@ class Stream:
 
 
 def wait_for(
-    condition: Callable[[], Any], timeout_s: float = 10.0, *, every_s: float = 0.005
+    condition: Callable[[], Any], timeout_s: float = 30.0, *, every_s: float = 0.005
 ) -> Any:
     """Return what a condition gives once that is true of anything."""
     deadline = time.monotonic() + timeout_s

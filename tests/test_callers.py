@@ -89,11 +89,11 @@ def test_who_has_no_key_is_told_how_to_send_one(make_app, headers, message):
 
 
 def test_what_is_wrong_with_a_key_is_not_told_apart(make_app, keys):
-    ended = datetime.now(UTC) + timedelta(seconds=0.2)
-    _, late = keys.create(owner="Ann", tier="free", expires_at=ended)
-    revoked, text = keys.create(owner="Ann", tier="free")
+    revoked, text = keys.create(owner="Ann", tier="free")  # which makes the database, in its time
     keys.revoke(revoked.id)
-    time.sleep(0.2)
+    ended = datetime.now(UTC) + timedelta(seconds=0.5)
+    _, late = keys.create(owner="Ann", tier="free", expires_at=ended)
+    time.sleep(0.5)
     client = make_app(**OUTSIDE).test_client()
     wrong = [late, text, text[:-1] + ("a" if text[-1] != "a" else "b"), "crane_x_y"]
     answers = [ask(client, one) for one in wrong]
@@ -332,9 +332,6 @@ def test_a_revoked_key_stops_in_every_worker_within_5_s(gunicorn, tmp_path):
     keys.revoke(key.id)
     keys.close()
     revoked = time.monotonic()
-    while statuses(1) == {200}:
-        assert time.monotonic() - revoked < 5
-        time.sleep(0.05)
     time.sleep(max(0, revoked + 5 - time.monotonic()))
     assert 200 not in statuses(60)
 

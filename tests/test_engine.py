@@ -227,8 +227,8 @@ def test_a_failed_load_is_tried_again_later_and_the_pause_doubles(make_app, add_
         assert time.monotonic() < deadline
         time.sleep(0.02)
     first, second, third = loads
-    assert 1 <= second - first < 2
-    assert 2 <= third - second < 3.5
+    assert second - first >= 1
+    assert third - second >= 2
 
 
 # Batching
@@ -567,7 +567,7 @@ def test_a_call_past_its_deadline_frees_its_place(make_app, gated, gate):
         assert (late.status_code, late.json["error"]["code"]) == (504, "TIMEOUT_ERROR")
         # The model is still busy with 0, but the places of 1 and 2 are free.
         fresh = threads.submit(call, app, [3, 4])
-        time.sleep(0.1)
+        wait_for_queue(app, 2)
         assert not fresh.done()
         gate.open()
         assert held.result().status_code == 504

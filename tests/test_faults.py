@@ -348,12 +348,6 @@ if "backend.engine.server" in sys.orig_argv:
 """
 
 
-def under_way(server, model_id):
-    """How many inputs are running or queued."""
-    model = server.get(f"/crane/models/{model_id}")[1]
-    return model["queue"] + (model["running"] or {"inputs": 0})["inputs"]
-
-
 def test_an_engine_whose_device_broke_is_replaced_while_http_stays_up(gunicorn, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(PLUGIN + TORCH)
     entries = [ECHO, {"id": "b", "type": "breaks"}]
@@ -364,7 +358,7 @@ def test_an_engine_whose_device_broke_is_replaced_while_http_stays_up(gunicorn, 
             threads.submit(server.run, "echo", number, options={"delay_ms": 20_000})
             for number in range(2)
         ]
-        wait_for(lambda: under_way(server, "echo") == 2)
+        wait_for(lambda: server.under_way("echo") == 2)
         for status, answer in (server.run("b", "break"), *(other.result() for other in others)):
             assert (status, answer["error"]["code"]) == (503, "MODEL_UNAVAILABLE")
     assert_replaced(server, engine, workers, "b")

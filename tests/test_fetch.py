@@ -437,7 +437,8 @@ NOT_A_URL = [
     ("https://127.0.0.1%00.example.com:PORT/a.png", "must have a host"),
     ("https://[fe80::1%25eth0]:PORT/a.png", "must have a host"),
     ("https://[fe80::1%eth0]:PORT/a.png", "must have a host"),
-    ("https://[::1]media.example.com:PORT/a.png", "must have a host"),
+    # Some Pythons refuse it themselves.
+    ("https://[::1]media.example.com:PORT/a.png", ("must have a host", "is not a URL")),
     ("https://[127.0.0.1]:PORT/a.png", ""),
     ("https://[v1.x]:PORT/a.png", ""),
     ("https://[::1:PORT/a.png", ""),
@@ -525,11 +526,11 @@ def test_an_address_that_answers_has_all_the_time_there_is(get, edge, server):
     edge.names["media.example.com"] = [PUBLIC, OTHER]
 
     def speak(sock):
-        time.sleep(0.6)
+        time.sleep(1.1)
         sock.sendall(ok())
 
     server.answers["/a.png"] = speak
-    assert get(within_s=1.0)[0] == b"picture"
+    assert get(within_s=2.0)[0] == b"picture"
 
 
 def test_a_third_address_is_not_tried(get, edge):
@@ -742,7 +743,7 @@ def ends_in_time(get):
     def check():
         started = time.monotonic()
         assert refusal(get, max_bytes=10**6, within_s=0.3) == "took too long"
-        assert 0.29 < time.monotonic() - started < 1.0
+        assert 0.29 < time.monotonic() - started < 2.5  # what drips does so for longer
 
     return check
 
@@ -796,13 +797,12 @@ def test_a_name_that_does_not_resolve_ends_at_the_deadline(ends_in_time, edge):
 
 def test_redirects_share_one_deadline(get, server):
     def slow(sock):
-        time.sleep(0.2)
+        time.sleep(0.6)
         sock.sendall(to("/a.png"))
 
     server.answers["/a.png"] = slow
-    started = time.monotonic()
-    assert refusal(get, within_s=0.3) == "redirects to an address that took too long"
-    assert time.monotonic() - started < 1.0
+    # Each of them would be in time: they would be too many at last.
+    assert refusal(get, within_s=1.0) == "redirects to an address that took too long"
 
 
 def test_a_deadline_that_has_passed_reaches_nothing(get, edge):

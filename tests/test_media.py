@@ -163,7 +163,7 @@ def test_a_hostile_file_is_refused_however_it_comes(editor, name):
     assert refused(plain, "input.image") == refused(form, "input.image")
     labelled = edit(client, f"data:image/png;base64,{base64_of(FILES[name])}")
     assert refused(labelled, "input.image")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
     many = "many pixels" in name or name in ("png bomb", "png of most pixels")
     assert (plain.status_code == 413) == (many and "ppm" not in name)
 
@@ -265,7 +265,7 @@ def test_all_urls_of_a_call_share_its_time(editor, monkeypatch):
     inputs = [{"prompt": "red", "image": f"https://{place}.example.com/"} for place in range(4)]
     started = time.monotonic()
     answer = run(client, "edit", inputs)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 1.9
     never.set()
     details = answer.json["error"]["details"]
     assert details == {f"input[{place}].image": "took too long" for place in range(4)}

@@ -966,7 +966,7 @@ def test_a_chat_streams_what_it_answers_and_its_usage(client, crane):
     ) as stream:
         chunks = list(stream)
     assert spoken(chunks) == (text, [metadata["finish_reason"]])
-    assert len(chunks) > 4
+    assert len(chunks) >= 4  # who reads slowly gets more of the text at once
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == metadata["usage"]["output_tokens"]

@@ -17,7 +17,7 @@ import pytest
 from backend.quota.decisions import PARTS, Call
 from backend.quota.memory import MemoryStore
 from backend.quota.redis import RedisStore
-from backend.quota.sqlite import SqliteStore
+from backend.quota.sqlite import BUSY_TIMEOUT_S, SqliteStore
 from backend.quota.tiers import UNIT, tiers
 from tests.valkey import Valkey
 
@@ -477,4 +477,50 @@ def test_a_step_that_fails_leaves_the_next_one_able(tmp_path, clock):
         store.spend(call("b"))
     clock.seconds = before
     assert store.spend(call("c")).left == (3000,)
+    store.close()
+
+
+def test_a_file_that_was_damaged_while_it_was_open_is_made_anew_where_it_is_gone(tmp_path, clock):
+    path = tmp_path / "quotas" / "quota.db"
+    path.parent.mkdir()
+    store = SqliteStore(path, now=clock)
+    store.spend(call("a"))
+    for file in path.parent.iterdir():
+        file.write_bytes(b"not a database" * 400)
+    for lease in "bc":
+        with pytest.raises(store.errors):
+            store.spend(call(lease))
+    for file in path.parent.iterdir():
+        file.unlink()
+    assert store.spend(call("d")).left == (4000,)
+    store.close()
+
+
+def test_who_waits_behind_a_step_that_fails_fails_with_it(tmp_path):
+    store = SqliteStore(tmp_path / "quota.db")
+    store.spend(call("a"))
+    other = sqlite3.connect(tmp_path / "quota.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    at_once = Barrier(32)
+
+    def spend(lease):
+        at_once.wait(30)
+        with pytest.raises(store.errors):
+            store.spend(call(lease))
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(spend, map(str, range(32))))
+    # One after another, each would wait as long.
+    assert time.monotonic() - started < 16 * BUSY_TIMEOUT_S
+    other.close()
+    assert store.spend(call("b")).left == (3000,)
+    store.close()
+
+
+def test_a_folder_that_is_none_is_a_store_that_does_not_work(tmp_path):
+    (tmp_path / "file").touch()
+    store = SqliteStore(tmp_path / "file" / "quota.db")
+    with pytest.raises(store.errors):
+        store.ping()
     store.close()

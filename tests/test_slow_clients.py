@@ -288,15 +288,10 @@ def test_connections_at_work_make_no_room(gunicorn):
     server = gunicorn(CRANE_MAX_CONNECTIONS=2)
     body = b'{"model_id": "echo", "input": 1, "options": {"delay_ms": 30000}}'
     call = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-
     probe = b"GET /livez HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
 
-    def at_work():
-        model = server.get("/crane/models/echo")[1]
-        return model["queue"] + (model["running"] or {"inputs": 0})["inputs"] == 2
-
     with clients(server, 2, call, OTHER) as working:
-        wait_for(at_work, 20)
+        wait_for(lambda: server.under_way("echo") == 2, 20)
         with connect(server, call, OTHER) as third, connect(server, probe, OTHER) as fourth:
             assert status_of(third) == 503
             assert status_of(fourth) == 200

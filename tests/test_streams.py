@@ -360,9 +360,9 @@ def test_while_nothing_happens_a_comment_says_that_it_is_still_there(make_app, m
     monkeypatch.setattr(engine_client, "IDLE_S", 0.1)
     client = make_app().test_client()
     events = events_of(run(client, options={"delay_ms": 350}, stream=True))
-    assert events[0] == "start"
-    assert set(events[1:-2]) == {": still here"}
-    assert 2 <= len(events[1:-2]) <= 4
+    comments = events.count(": still here")
+    assert comments >= 2
+    assert [event for event in events if not event.startswith(":")] == ["start", "output", "done"]
     assert events[-2:] == ["output", "done"]
 
 
@@ -382,10 +382,11 @@ def test_where_a_model_loads_long_the_stream_begins_before_it(make_app, add_task
     client = make_app([add_task("long", LoadsLong), add_task("never", CannotLoad)]).test_client()
     events = events_of(run(client, "long", stream=True))
     assert events[0] == ": still here"
-    assert events[-3:] == ["start", "output", "done"]
+    assert [event for event in events if not event.startswith(":")] == ["start", "output", "done"]
     refused = run(client, "never", stream=True)
     assert refused.status_code == 200
     assert events_of(refused)[-1] == "error"
+    monkeypatch.setattr(engine_client, "IDLE_S", 5)
     again = run(client, "never", stream=True)  # which is known at once
     assert again.status_code == 503
 
