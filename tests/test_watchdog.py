@@ -12,7 +12,7 @@ import pytest
 
 from backend.adapters.echo import Echo
 from backend.config import Config
-from backend.engine import supervisor, turns, watchdog
+from backend.engine import libraries, supervisor, turns, watchdog
 from backend.engine.calls import Answer, Call
 from backend.engine.remote import RemoteEngine
 from backend.errors import ModelUnavailable
@@ -94,6 +94,33 @@ def test_a_model_that_hangs_is_given_up_and_comes_back_with_its_thread(hanging, 
     gate.set()
     wait_for(lambda: run(client, "hangs").status_code == 200)
     assert client.get("/readyz").status_code == 200
+
+
+def test_who_waits_for_a_load_that_hangs_is_told_so(make_app, add_task, monkeypatch):
+    monkeypatch.setattr(libraries, "GIVEN_UP_S", 0.2)
+    gate = threading.Event()
+
+    class Alone(Echo):
+        loads_alone = True
+
+        def load(self):
+            assert self.spec.id == "late" or gate.wait(30)
+            super().load()
+
+    entry = add_task("hangs", Alone)
+    app = make_app([entry, entry | {"id": "late"}], hang_timeout_s=0.2, load_timeout_s=0.3)
+    client = app.test_client()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, client, "hangs")
+        wait_for(lambda: libraries.alone.holder == "hangs")
+        late = threads.submit(run, client, "late")
+        for call, why in ((first, "hangs did not load"), (late, "the load of hangs hangs")):
+            error = call.result(20).json["error"]
+            assert error["code"] == "MODEL_UNAVAILABLE"
+            assert why in error["message"]
+    gate.set()
+    for name in ("late", "hangs"):
+        wait_for(lambda name=name: run(client, name).status_code == 200)
 
 
 def test_a_model_whose_callers_wait_is_not_given_up(hanging):

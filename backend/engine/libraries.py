@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from backend.errors import ModelUnavailable
 
 # What nearly all adapters load their weights with. ``modeling_utils`` is the slow part.
 COMMON = ("torch", "transformers.modeling_utils")
@@ -26,6 +30,9 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MAX_KERNELS = 256
 
 LOOK_S = 0.25  # between looks whether a load is still wanted
+# After a load was given up, and may never end. Those that wait for it get an error then; an engine
+# in a process of its own has ended before that, and they wait for the next one.
+GIVEN_UP_S = 10.0
 
 
 class LoadLock:
@@ -39,6 +46,7 @@ class LoadLock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._line: list[tuple[int, str]] = []  # threads and names; the first one has the lock
+        self._given_up_at = math.inf  # the load that has the lock
 
     @property
     def holder(self) -> str | None:
@@ -46,11 +54,18 @@ class LoadLock:
         line = self._line[:1]
         return line[0][1] if line else None
 
+    def give_up(self, thread: threading.Thread) -> None:
+        """Whatever a thread does may never end: if it has the lock, the others are not to wait."""
+        with self._changed:
+            if self._line[:1] and self._line[0][0] == thread.ident:
+                self._given_up_at = min(self._given_up_at, time.monotonic())
+
     @contextmanager
     def hold(self, name: str, wanted: Callable[[], bool] = lambda: True) -> Iterator[bool]:
         """Load in here; or not, where the value is false: it was not ``wanted`` any more.
 
-        A thread that has the lock may enter again.
+        A thread that has the lock may enter again. Raises ``ModelUnavailable`` where the load that
+        has the lock was given up.
         """
         me = threading.get_ident()
         if self._line[:1] and self._line[0][0] == me:
@@ -63,6 +78,8 @@ class LoadLock:
             yield self._wait(mine, wanted)
         finally:
             with self._changed:
+                if self._line[0] is mine:
+                    self._given_up_at = math.inf
                 self._line.remove(mine)
                 self._changed.notify_all()
 
@@ -71,6 +88,11 @@ class LoadLock:
             with self._changed:
                 if self._changed.wait_for(lambda: self._line[0] is mine, LOOK_S):
                     return True
+                if time.monotonic() > self._given_up_at + GIVEN_UP_S:
+                    raise ModelUnavailable(
+                        f"One model loads at a time, and the load of {self._line[0][1]} hangs: "
+                        "the service must be started again."
+                    )
         return False
 
 

@@ -312,6 +312,7 @@ class Worker:
                 return
             refuse = self._close_with(State.DEFUNCT, why)
         logger.error("%s Its thread is here:\n%s", why, stack_of(thread))
+        libraries.alone.give_up(thread)
         metrics.DEFUNCT.labels(self.model_id, "hangs").inc()
         refuse()
         self._on_defunct(False)
