@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from queue import SimpleQueue
 from typing import ClassVar
 
 import pytest
@@ -20,7 +21,7 @@ from backend.adapters.base import Prediction
 from backend.adapters.echo import Echo
 from backend.config import Config
 from backend.engine import libraries, residency
-from backend.engine.calls import Call
+from backend.engine.calls import Answer, Call
 from backend.engine.jobs import Job
 from backend.engine.stay import Stay
 from backend.errors import ModelUnavailable
@@ -311,6 +312,75 @@ def test_an_order_to_unload_what_waits_for_room_is_not_kept_for_later(make_app, 
     assert run(client, "late").status_code == 200
     time.sleep(0.2)
     assert state(client, "late") == "ready"
+
+
+def submitted(client, model_id):
+    """A call that is queued, and what it will be told."""
+    told = SimpleQueue()
+    about = {"options": {"delay_ms": 0}, "seeds": None, "timeout_s": 60.0}
+    call = Call(request_id="1", model_id=model_id, inputs=["hi"], **about)
+    engine = client.application.extensions["crane"].engine._engine
+    return engine.submit(call, told.put), told
+
+
+def test_an_order_to_unload_what_nobody_waits_for_any_more_is_not_kept_for_the_next_call(
+    make_app, sized, held, monkeypatch
+):
+    monkeypatch.setattr(residency, "LOOK_AGAIN_S", 60)  # so that nothing of it is seen meanwhile
+    entry, kind = held("busy")
+    client = make_app([entry, sized("late")], memory_budget=MB).test_client()
+    engine = client.application.extensions["crane"].engine
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(run, client, "busy")
+        assert kind.inside.wait(10)
+        caller, _ = submitted(client, "late")
+        wait_for(lambda: client.get("/crane/models/late").json["error"])  # it waits, in line
+        caller.cancel()
+        engine.control("unload", "late")
+        _, told = submitted(client, "late")
+        kind.gate.set()
+        assert first.result().status_code == 200
+        assert isinstance(told.get(timeout=20), Answer)
+    time.sleep(0.2)
+    assert state(client, "late") == "ready"
+
+
+def test_an_order_to_unload_what_did_not_load_is_not_kept_for_its_next_load(
+    make_app, add_task, monkeypatch
+):
+    monkeypatch.setattr("backend.engine.worker.FIRST_RETRY_S", 0.2)
+    may_load = threading.Event()
+
+    class Fails(Echo):
+        def load(self):
+            if not may_load.is_set():
+                raise RuntimeError("not yet")
+            super().load()
+
+    client = make_app([add_task("a", Fails) | {"pinned": True}]).test_client()
+    wait_for(lambda: state(client, "a") == "failed")
+    client.application.extensions["crane"].engine.control("unload", "a")
+    may_load.set()
+    wait_for(lambda: state(client, "a") == "ready")
+    time.sleep(0.1)
+    assert state(client, "a") == "ready"
+
+
+def test_an_order_to_unload_keeps_no_model_that_has_to_make_room(make_app, held, events):
+    entry, kind = held("busy")
+    app = make_app([entry])
+    client = app.test_client()
+    _, told = submitted(client, "busy")
+    assert kind.inside.wait(10)
+    _, late = submitted(client, "busy")
+    [worker] = app.extensions["crane"].engine._engine._pool._workers.values()
+    assert worker.leave(though_used=True)
+    worker.unload()
+    kind.gate.set()
+    for one in (told, late):
+        assert isinstance(one.get(timeout=20), Answer)
+    assert events[:2] == [("load", "busy"), ("unload", "busy")]  # before its queue
+    assert loads(events) == ["busy", "busy"]
 
 
 # Order

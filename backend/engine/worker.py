@@ -172,6 +172,10 @@ class Worker:
         pushed_out: list[Job] = []
         with self._changed:
             self._check_open()
+            if self.is_leaving and self.state in COMING:
+                self._drop_cancelled()
+                if not self.users:  # the order was for the calls before, and they are over
+                    self._leaving = Leaving.NO
             places = self._queue_size - len(self._parked)
             if len(self._queue) + len(job.items) > places:
                 self._drop_cancelled()
@@ -204,7 +208,7 @@ class Worker:
         """Unload as soon as nothing is queued or running."""
         with self._changed:
             self._wanted = False
-            if self._thread is not None:
+            if self._thread is not None and self._leaving is not Leaving.NOW:
                 self._leaving = Leaving.WHEN_IDLE
                 self._changed.notify()
 
@@ -326,12 +330,12 @@ class Worker:
     def _has_work(self) -> bool:
         """Whether to load; else the thread is over, and the next call starts another."""
         with self._changed:
-            self._leaving = Leaving.NO
             while self.pinned and self.state is State.FAILED and not self._closing:
                 left_s = self._retry_at - time.monotonic()
                 if left_s <= 0:
                     break
                 self._changed.wait(left_s)
+            self._leaving = Leaving.NO  # an order to unload was for what there is no more
             self._drop_cancelled()
             again = self.pinned and self.state is State.FAILED and not self._closing
             self._wanted |= again
