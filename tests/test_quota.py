@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from backend.config import Config
+from backend.quota.failover import CLOSE_WAIT_S
 from backend.quota.sqlite import SqliteStore
 from backend.quota.tiers import tiers
 from tests import serving
@@ -113,13 +114,44 @@ def test_so_many_calls_run_at_once_and_a_place_is_free_when_one_has_ended(metere
         assert run(client).status_code == 200
 
 
-def test_a_call_has_ended_for_its_caller_when_it_is_answered(metered, tmp_path):
-    clients = [metered() for _ in range(2)]
+@pytest.fixture
+def running(tmp_path):
+    """Says how many calls of a caller run, as another process finds it."""
     store = SqliteStore(tmp_path / "data" / "quota.db")
+    yield lambda: store.look("address:127.0.0.1", Config().tiers["free"]).running
+    store.close()
+
+
+def test_a_call_has_ended_when_it_is_answered_where_its_caller_has_few_places(metered, running):
+    clients = [metered("free 60/minute concurrency=32") for _ in range(2)]
     for client in clients * 2:
         assert run(client).status_code == 200
-        assert store.look("address:127.0.0.1", Config().tiers["free"]).running == 0
-    store.close()
+        assert running() == 0
+
+
+def test_it_has_soon_after_where_its_caller_has_many(metered, running):
+    clients = [metered("free 60/minute concurrency=33") for _ in range(2)]
+    for client in clients * 2:
+        assert run(client).status_code == 200
+        wait_for(lambda: running() == 0)
+
+
+def test_it_has_with_what_its_caller_does_next(metered, running, monkeypatch):
+    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", 60)
+    client = metered("free 60/minute concurrency=60")
+    for _ in range(3):
+        assert (run(client).status_code, running()) == (200, 1)
+    assert client.get("/crane/quota").json["concurrency"]["running"] == running() == 0
+
+
+def test_what_has_not_ended_yet_ends_with_the_service(make_app, running, monkeypatch):
+    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", 60)
+    app = make_app(quota="on")
+    assert (run(app.test_client()).status_code, running()) == (200, 1)
+    started = time.monotonic()
+    app.extensions["crane"].meter.close()
+    assert running() == 0
+    assert time.monotonic() - started < CLOSE_WAIT_S
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 8])

@@ -13,8 +13,9 @@ from functools import partial
 
 import pytest
 
+from backend import logs
 from backend.quota.decisions import Call
-from backend.quota.failover import QuotaAway, WatchedStore
+from backend.quota.failover import END_WITHIN_S, QuotaAway, WatchedStore
 from backend.quota.memory import MemoryStore
 from backend.quota.redis import ANSWER_TIMEOUT_S
 from backend.quota.tiers import UNIT, tiers
@@ -376,6 +377,44 @@ def test_what_ends_while_redis_is_away_is_settled_when_it_is_back(metered, valke
     wait_for(lambda: not client.get("/readyz").json["quota"]["away"])
     quota = client.get("/crane/quota").json
     assert (quota["limits"][0]["left"], quota["concurrency"]["running"]) == (left, 0)
+
+
+def test_a_lease_that_was_to_end_while_redis_is_away_ends_when_it_is_back(
+    metered, valkey, monkeypatch
+):
+    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", 60)
+    client = metered("free 20/minute concurrency=60", redis_url=valkey.url)
+    assert run(client).status_code == 200  # its lease waits for the next call
+    valkey.stall()
+    assert run(client).status_code == 200  # which Redis does not answer
+    valkey.go_on()
+    wait_for(lambda: not client.get("/readyz").json["quota"]["away"])
+    assert client.get("/crane/quota").json["concurrency"]["running"] == 0
+
+
+class Odd(MemoryStore):
+    """A store in which a call cannot be settled for a reason that nobody foresaw."""
+
+    name = "odd"
+
+    def settle(self, call, cost):
+        if call.lease == "a":
+            raise RuntimeError("unforeseen")
+        return super().settle(call, cost)
+
+
+def test_the_thread_that_ends_leases_outlives_whatever_it_finds(capsys):
+    logs.set_up("INFO", "json")
+    watched = WatchedStore(Odd())
+    tier = tiers("free 5/minute")["free"]
+    for lease in "abc":
+        call = Call("someone", tier, lease, UNIT, 45_000)
+        watched.spend(call)
+        watched.end(call)
+        time.sleep(2 * END_WITHIN_S)
+    wait_for(lambda: watched.store.look("someone", tier).running == 1)
+    assert "a lease could not be ended in odd" in capsys.readouterr().err
+    watched.close()
 
 
 # The thread that looks for a store that is away.

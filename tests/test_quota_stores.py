@@ -83,8 +83,8 @@ def store(make_store, clock):
     return make_store(clock)
 
 
-def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000):
-    return Call(subject, tier, lease, cost, lease_ms)
+def call(lease="a", *, tier=WIDE, cost=UNIT, subject="someone", lease_ms=45_000, ended=()):
+    return Call(subject, tier, lease, cost, lease_ms, ended)
 
 
 def admitted(store, count, **how):
@@ -302,6 +302,19 @@ def test_a_clock_that_is_set_back_gives_nothing_away(store, clock):
     assert (refused.refused_by, refused.retry_after_ms) == ("rate", 60_000)
 
 
+def test_leases_end_with_what_their_caller_does_next(store):
+    tier = tiers("free 5/minute concurrency=3")["free"]
+    for number in range(3):
+        store.spend(call(str(number), tier=tier))
+    store.spend(call("0", tier=tier, subject="another"))
+    spent = store.spend(call("3", tier=tier, ended=("0", "1", "unknown")))
+    assert (spent.refused_by, spent.running, spent.left) == (None, 2, (1000,))
+    # Also where it is refused itself, for these are over.
+    refused = store.spend(call("4", tier=tier, cost=9 * UNIT, ended=("2",)))
+    assert (refused.refused_by, refused.running) == ("rate", 1)
+    assert store.look("another", tier).running == 1
+
+
 def test_the_stores_agree_on_thousands_of_random_steps(valkey, tmp_path, clock):
     valkey.client().flushall()
     stores = [
@@ -319,7 +332,8 @@ def test_the_stores_agree_on_thousands_of_random_steps(valkey, tmp_path, clock):
         kind = chance.random()
         if kind < 0.5 or not inside:
             cost, lease_ms = chance.choice([0, 500, 1000, 3000, 9000]), chance.choice([500, 50_000])
-            one = Call(subject, tier, f"lease-{step}", cost, lease_ms)
+            ended = tuple(one.lease for one in inside[: chance.choice([0, 0, 0, 2])])
+            one = Call(subject, tier, f"lease-{step}", cost, lease_ms, ended)
             decisions = [store.spend(one) for store in stores]
             if decisions[0].refused_by is None:
                 inside.append(one)

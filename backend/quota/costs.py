@@ -20,6 +20,12 @@ class Cost:
     per_audio_minute: float = 0
     per_video_second: float = 0
 
+    @property
+    def is_by_usage(self) -> bool:
+        """Whether it is known only once it is known what a call uses."""
+        by_usage = self.per_image, self.per_1k_tokens, self.per_audio_minute, self.per_video_second
+        return any(by_usage)
+
     def of(self, usage: Mapping[str, float], inputs: int) -> int:
         """The thousandths of a unit, rounded up, of a call of so many inputs.
 

@@ -48,7 +48,8 @@ class Decision:
 class Call:
     """A call that asks to be let in: what it costs in thousandths, and how long its lease is.
 
-    A lease's end tells when its cost was spent, so a call keeps its ``lease_ms``.
+    A lease's end tells when its cost was spent, so a call keeps its ``lease_ms``. ``ended`` are
+    leases of its caller's calls that have ended since, and cost what they held.
     """
 
     subject: str
@@ -56,6 +57,7 @@ class Call:
     lease: str
     cost: int
     lease_ms: int
+    ended: tuple[str, ...] = ()
 
     def raised(self, cost: int) -> Call:
         """The same call with another cost.
@@ -63,7 +65,7 @@ class Call:
         Its lease has another name: whoever lost the answer to a ``reserve`` can settle both, and
         the one that is held is settled.
         """
-        return replace(self, lease=f"{self.lease}+", cost=cost)
+        return replace(self, lease=f"{self.lease}+", cost=cost, ended=())
 
 
 class Store(Protocol):
@@ -76,7 +78,7 @@ class Store(Protocol):
     errors: tuple[type[Exception], ...]  # what a step raises where the store does not work
 
     def spend(self, call: Call) -> Decision:
-        """Let a call in, or refuse it and take nothing."""
+        """End the leases that have ended; let a call in, or refuse it and take nothing."""
 
     def reserve(self, call: Call, raised: Call) -> Decision:
         """Have a call that was let in cost as much as ``raised``, or refuse and change nothing."""
@@ -97,6 +99,8 @@ class Store(Protocol):
 def spend(state: State, call: Call, now: int) -> Decision:
     """Change ``state`` as a call asks, unless it must be refused."""
     now = _forget(state, call.tier, now)
+    for lease in call.ended:
+        state.leases.pop(lease, None)
     if call.lease in state.leases:
         return _standing(state, call.tier, now)
     refused_by, retry_after_ms = None, 0

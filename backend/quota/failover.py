@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from backend.quota.decisions import Call, Decision, Store
 from backend.quota.tiers import Tier
@@ -16,6 +17,9 @@ logger = logging.getLogger("crane.quota")
 PROBE_S = 0.5  # between looks for a store that was away
 CLOSE_WAIT_S = 5.0  # for such a look, at the end
 MAX_LATE = 10_000  # calls to be settled once a store is back; leases end by themselves
+# A lease that need not end before its answer waits so long for what its caller spends next, which
+# ends it in the same step.
+END_WITHIN_S = 0.01
 
 
 class QuotaAway(Exception):
@@ -37,45 +41,100 @@ class WatchedStore:
         self._lock = threading.Lock()  # so that one thread looks, and leaves nothing unsettled
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._ended: dict[str, list[Call]] = {}  # by subject
+        self._ended_lock = threading.Lock()  # so that each of them ends once
+        self._some_ended = threading.Event()
+        self._ender: threading.Thread | None = None
 
     def spend(self, call: Call) -> Decision:
-        return self._run(lambda: self.store.spend(call), late=[(call, 0)])
+        late = [(call, 0)]
+        if ended := self._take_ended(call.subject):
+            call = replace(call, ended=tuple(one.lease for one in ended))
+            late += [(one, one.cost) for one in ended]
+        return self._run(lambda: self.store.spend(call), late=late, again=late[1:])
 
     def reserve(self, call: Call, raised: Call) -> Decision:
-        return self._run(
-            lambda: self.store.reserve(call, raised), late=[(call, 0), (raised, 0)], again=True
-        )
+        late = [(call, 0), (raised, 0)]
+        return self._run(lambda: self.store.reserve(call, raised), late=late, again=late)
 
     def settle(self, call: Call, cost: int) -> Decision:
-        return self._run(lambda: self.store.settle(call, cost), late=[(call, cost)], again=True)
+        late = [(call, cost)]
+        return self._run(lambda: self.store.settle(call, cost), late=late, again=late)
+
+    def end(self, call: Call) -> None:
+        """Settle a call that cost what it held, within ``END_WITHIN_S``."""
+        with self._ended_lock:
+            first = not self._ended
+            self._ended.setdefault(call.subject, []).append(call)
+            if self._ender is None:
+                ender = threading.Thread(
+                    target=self._end, name=f"{self.store.name} leases", daemon=True
+                )
+                ender.start()  # or raise, and the next call tries again
+                self._ender = ender
+        if first:
+            self._some_ended.set()
 
     def look(self, subject: str, tier: Tier) -> Decision:
+        self._settle_ended(self._take_ended(subject))
         return self._run(lambda: self.store.look(subject, tier), late=[])
 
     def close(self) -> None:
         self._closed.set()
+        self._some_ended.set()
+        if self._ender is not None:
+            self._ender.join(CLOSE_WAIT_S)
         if self._watcher is not None:
             self._watcher.join(CLOSE_WAIT_S)
         self.store.close()
 
     def _run(
-        self, step: Callable[[], Decision], *, late: list[tuple[Call, int]], again: bool = False
+        self,
+        step: Callable[[], Decision],
+        *,
+        late: list[tuple[Call, int]],
+        again: Sequence[tuple[Call, int]] = (),
     ) -> Decision:
         """Take a step; raises ``QuotaAway``.
 
-        ``late`` is to be settled if it fails; ``again`` says that it is, too, where the store was
-        away before.
+        ``late`` is to be settled if it fails, and ``again`` where the store was away before.
         """
         if self.away:
             with self._lock:
                 if self.away:
-                    self._late += late if again else []
+                    self._late += again
                     raise QuotaAway
         try:
             return step()
         except self.store.errors as error:
             self._lost(error, late)
             raise QuotaAway from None
+
+    def _take_ended(self, subject: str) -> list[Call]:
+        if not self._ended:
+            return []
+        with self._ended_lock:
+            return self._ended.pop(subject, [])
+
+    def _end(self) -> None:
+        closed = False
+        while not closed:
+            self._some_ended.wait()
+            self._closed.wait(END_WITHIN_S)
+            self._some_ended.clear()
+            closed = self._closed.is_set()
+            with self._ended_lock:
+                ended, self._ended = self._ended, {}
+            for calls in ended.values():
+                self._settle_ended(calls)
+
+    def _settle_ended(self, ended: list[Call]) -> None:
+        for call in ended:
+            try:
+                with suppress(QuotaAway):
+                    self.settle(call, call.cost)
+            except Exception:  # nobody else ends the others, and this one ends by itself
+                logger.exception("a lease could not be ended in %s", self.store.name)
 
     def _lost(self, error: Exception, late: list[tuple[Call, int]]) -> None:
         with self._lock:

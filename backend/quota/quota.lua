@@ -4,7 +4,8 @@
 --
 -- KEYS[1]: the caller's. ARGV: "spend", "reserve", "settle" or "look"; the time, or "" for the
 -- server's own; the most calls at once; the lease's id; its length; its cost; the id and the cost
--- that it is to have from now on; then for each limit its thousandths and its window.
+-- that it is to have from now on; leases that ended, with commas; then for each limit its
+-- thousandths and its window.
 -- Answers {time, refused by (0: nothing, the limit's place, or -1: concurrency), retry after,
 -- running, and for each limit what is left and when some comes back}.
 
@@ -20,8 +21,13 @@ if not now then
     now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+local ended = {}
+for other in string.gmatch(ARGV[9], '[^,]+') do
+    ended[other] = true
+end
+
 local limits, spent = {}, {}
-for place = 9, #ARGV, 2 do
+for place = 10, #ARGV, 2 do
     table.insert(limits, {most = tonumber(ARGV[place]), window = tonumber(ARGV[place + 1])})
 end
 
@@ -40,7 +46,7 @@ end
 local leases, running, own, ends = {}, 0, nil, nil
 for place = 1, #state[1], 2 do
     local id, last = state[1][place], state[1][place + 1]
-    if last > now then
+    if last > now and not ended[id] then
         if op ~= 'look' and (id == lease or (op == 'reserve' and id == raised)) then
             own, ends = id, last
         else

@@ -62,6 +62,7 @@ class RedisStore:
         now = "" if self._now is None else int(self._now() * 1000)
         step: list[str | int] = [f"crane:quota:{{{call.subject}}}", op, now, tier.concurrency]
         step += [call.lease, call.lease_ms, call.cost, lease, cost]
+        step.append(",".join(call.ended) if op == "spend" else "")
         for limit in tier.limits:
             step += [limit.units * UNIT, limit.window_s * 1000]
         # Not by a Script of the library, which takes 25 µs more.
