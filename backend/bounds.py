@@ -44,6 +44,15 @@ def check_source(data: bytes, at: str) -> None:
     raise InvalidRequest.of({at: TOO_MANY})
 
 
+def is_harmless(data: bytes | str) -> bool:
+    """Whether JSON is too short for too many values, and has too few brackets to be too deep."""
+    if len(data) > MAX_VALUES:
+        return False
+    if isinstance(data, str):
+        return data.count("{") + data.count("[") <= MAX_BODY_DEPTH
+    return data.count(b"{") + data.count(b"[") <= MAX_BODY_DEPTH
+
+
 def check_body(value: Any, at: str) -> None:
     """Refuse JSON with too many values, or nested too deeply: ``InvalidRequest``."""
     depth, values = measure(value, max_depth=MAX_BODY_DEPTH, max_values=MAX_VALUES)

@@ -15,7 +15,8 @@ from backend.messages import BadMessage, Part
 
 VERSION = 1  # of how messages look; one of another version is refused
 _HEAD = struct.Struct(">BI")  # the version, and how many parts
-_LENGTH = struct.Struct(">Q")  # of each part, in bytes
+_LENGTH = 8  # bytes, for how many each part has
+_ONE = struct.Struct(">BIQ")  # the head of a message that has one part
 READ = 65536  # bytes at a time; nearly all messages are smaller
 MAX_PARTS = 250_000  # twice as many as a call may ever have inputs, and some
 MAX_BUFFERS = 1024  # of one sendmsg, as POSIX systems have it
@@ -90,7 +91,7 @@ class Channel:
         total = sum(lengths)
         if total > self._max_bytes or len(message) > MAX_PARTS:
             raise MessageTooLarge(f"a message has {total} bytes in {len(message)} parts")
-        head = _HEAD.pack(VERSION, len(message)) + b"".join(map(_LENGTH.pack, lengths))
+        head = struct.pack(f">BI{len(lengths)}Q", VERSION, len(lengths), *lengths)
         if not self._out and total < READ:  # as nearly always, and all of it goes at once
             data = head + b"".join(message)
             with suppress(BlockingIOError):
@@ -135,6 +136,13 @@ class Channel:
             else:
                 data = self._end.recv(READ)
                 came = len(data)
+                if came > _ONE.size and self._lengths is None and not self._in:
+                    # As nearly always: one message of one part, and all of it.
+                    version, count, length = _ONE.unpack_from(data)
+                    if (version, count, length) == (VERSION, 1, came - _ONE.size) and (
+                        length <= self._max_bytes
+                    ):
+                        return [[memoryview(data)[_ONE.size :]]]
                 self._in += data
         except BlockingIOError:
             return []
@@ -167,7 +175,7 @@ class Channel:
             raise BadMessage(f"it is of version {version}, and {VERSION} is spoken here")
         if not 0 < count <= MAX_PARTS:
             raise BadMessage(f"it has {count} parts")
-        end = _HEAD.size + count * _LENGTH.size
+        end = _HEAD.size + count * _LENGTH
         if len(self._in) < end:
             return False
         lengths = struct.unpack_from(f">{count}Q", self._in, _HEAD.size)

@@ -48,6 +48,8 @@ class HeldBodies:
 
     def release(self, caller: str, size: int) -> None:
         """Count ``size`` bytes less of those that were taken for a caller."""
+        if not size:
+            return
         with self._lock:
             self._held[caller] -= size
             if self._held[caller] <= 0:

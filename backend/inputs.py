@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from backend.bounds import MAX_TEXTS, TOO_DEEP, is_deep, long_texts
+from backend.bounds import MAX_TEXTS, TOO_DEEP, is_deep, long_texts, text_size
 from backend.config import Config
 from backend.errors import MAX_FAULTS, InvalidRequest
 from backend.media.reader import Reading
@@ -69,9 +69,10 @@ def check_texts(
     max_text: int, task: Task, loaded: Any, options: Mapping[str, Any], repeat: int
 ) -> None:
     """Refuse texts that are too long, also as the model reads them: ``InvalidRequest``."""
-    found = [*long_texts(options, max_text, "options"), *long_texts(loaded, max_text, "input")]
-    if faults := {at: f"has {length} characters; {_at_most(max_text)}" for at, length in found}:
-        raise InvalidRequest.of(faults)
+    if text_size(options) + text_size(loaded) > max_text:  # or none of them is longer
+        found = [*long_texts(options, max_text, "options"), *long_texts(loaded, max_text, "input")]
+        if faults := {at: f"has {length} characters; {_at_most(max_text)}" for at, length in found}:
+            raise InvalidRequest.of(faults)
     total = 0
     for index, one in enumerate(loaded if type(loaded) is list else [loaded]):
         expanded = task.expand(one, options)

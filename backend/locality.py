@@ -62,7 +62,8 @@ def is_from_loopback(environ: Environ) -> bool:
     if connection is None:
         return True
     try:
-        ends = connection.getsockname(), connection.getpeername()
+        ends = getattr(connection, "ends", None)  # our own server's, which looks once
+        ends = ends or (connection.getsockname(), connection.getpeername())
     except OSError:  # the caller is gone
         return False
     # The name of a Unix socket is text: whoever may be behind it, that is no address.

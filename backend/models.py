@@ -25,7 +25,7 @@ from backend.receipts import common, facts, rounded
 from backend.registry import Registry
 from backend.schemas import load
 from backend.tasks import TASKS
-from backend.tasks.usage import check_logprobs, measured, most_usage
+from backend.tasks.usage import check_logprobs, measured, most_usage, sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,12 +197,17 @@ class Asked:
 
     def _reserve(self, inputs: list[Any]) -> None:
         if self._charge is not None:
-            cut = self._options.get("truncate") and self._spec.cost.per_1k_tokens
-            window = self._engine.window(self._spec.id) if cut else None
-            most = most_usage(self._task, inputs, self._options, self._repeat, window)
-            self._charge.reserve(self._spec.cost, *most)
+            self._charge.reserve(self._spec.cost, *self._most(inputs))
         if not self._task.formats:  # of what makes media, those it made count
             self._measured = rounded(measured(inputs), 3)
+
+    def _most(self, inputs: list[Any]) -> tuple[int, dict[str, float]]:
+        """How many inputs the model has to run, and what they may use if the cost depends on it."""
+        if not self._spec.cost.is_by_usage:
+            return sequences(self._task, inputs, self._options, self._repeat), {}
+        cut = self._options.get("truncate") and self._spec.cost.per_1k_tokens
+        window = self._engine.window(self._spec.id) if cut else None
+        return most_usage(self._task, inputs, self._options, self._repeat, window)
 
     @contextmanager
     def charged(self) -> Iterator[None]:

@@ -91,11 +91,12 @@ def _most_bytes(asking: Request, max_body: int) -> int:
 def pace(pacing: Pacing, metered: Collection[str], response: Response) -> Response:
     """Send later what costs no quota, to a caller that asks for more of it than anybody reads."""
     asking: Request = request._get_current_object()  # type: ignore[attr-defined]
-    known: Any = g._get_current_object()
-    sock = asking.environ.get("gunicorn.socket")
-    is_paid = asking.endpoint in metered and response.status_code not in UNPAID
-    if is_paid or asking.endpoint == "ops.livez" or not isinstance(sock, ClientSocket):
+    if asking.endpoint in metered and response.status_code not in UNPAID:
         return response
+    sock = asking.environ.get("gunicorn.socket")
+    if asking.endpoint == "ops.livez" or not isinstance(sock, ClientSocket):
+        return response
+    known: Any = g._get_current_object()
     caller = known.get("caller")
     whose = caller.subject if caller else f"address:{asking.remote_addr}"
     if delay_s := pacing.delay(whose, time.thread_time() - known.cpu_s + SERVER_S):

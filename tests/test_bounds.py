@@ -6,7 +6,7 @@ import io
 import json
 
 import pytest
-from marshmallow import ValidationError
+from marshmallow import Schema, ValidationError
 from werkzeug.datastructures import MultiDict
 
 from backend.adapters.echo import Echo
@@ -513,6 +513,17 @@ def test_a_body_of_all_the_values_it_may_have_is_parsed(client):
     assert client.post("/crane/run", data=body, content_type="application/json").status_code == 200
 
 
+@pytest.mark.parametrize("depth", [MAX_BODY_DEPTH - 1, MAX_BODY_DEPTH, MAX_BODY_DEPTH + 1])
+def test_a_short_body_is_as_deep_as_one_may_be(client, depth):
+    """Brackets in texts count for nothing, whatever is looked at first."""
+    for text in ("", "[{" * 200):
+        nested = "[" * (depth - 1) + "1" + "]" * (depth - 1)  # in the body's own object
+        body = f'{{"model_id": "echo", "input": "{text}", "x": {nested}}}'
+        answer = client.post("/crane/run", data=body, content_type="application/json")
+        details = answer.get_json()["error"]["details"]
+        assert ("nested deeper" in details.get("body", "")) == (depth > MAX_BODY_DEPTH)
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "br"])
 @pytest.mark.parametrize(
     ("path", "kind"),
@@ -528,6 +539,36 @@ def test_an_encoding_of_a_body_is_refused_by_name(client, path, kind, encoding):
     answer = client.post(path, data=b"\x1f\x8b", headers=headers)
     assert answer.status_code == 415
     assert f"Content-Encoding; this one's is {encoding}" in answer.get_json()["error"]["message"]
+
+
+class Plain(StrictSchema):
+    needed = Integer(low=1, high=9, required=True)
+    named = Integer(low=1, high=9, data_key="n", load_default=4)
+    made = ListOf(Integer(low=1, high=9), high=2, load_default=list)
+    left_out = Integer(low=1, high=9)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"needed": 2},
+        {"needed": 2, "n": 3, "made": [1, 2], "left_out": 5},
+        {"needed": 2, "n": 30, "made": [1, "2"]},
+        {"n": None},
+        {},
+        [],
+        "text",
+        None,
+    ],
+)
+def test_an_object_comes_to_what_marshmallow_makes_of_it(sent):
+    def made(load):
+        try:
+            return load(Plain(), sent)
+        except ValidationError as error:
+            return error.messages
+
+    assert made(StrictSchema.load) == made(Schema.load)
 
 
 def test_an_object_without_keys_comes_to_the_defaults_of_each_call():

@@ -103,6 +103,19 @@ def test_a_message_above_the_bound_is_not_sent_at_all(ends):
     assert received(other) == [[b"the next"]]
 
 
+@pytest.mark.parametrize("size", [0, 1, 100, 101, 5000])
+def test_what_is_above_the_bound_of_who_receives_it_is_refused(size):
+    one, other = socket.socketpair()
+    with one, other:
+        sends, receives = Channel(one, max_bytes=10_000), Channel(other, max_bytes=100)
+        sends.send([b"x" * size])
+        if size <= 100:
+            assert received(receives) == [[b"x" * size]]
+        else:
+            with pytest.raises(BadMessage, match="100 is the most"):
+                receives.receive()
+
+
 def test_an_end_that_reads_nothing_is_given_up_before_memory_is(ends):
     one, other = ends
     while one._out_bytes <= MAX_BYTES:

@@ -247,6 +247,29 @@ def test_unread_responses_take_so_much_memory_and_no_more(gunicorn):
         assert server.run()[0] == 200
 
 
+@pytest.mark.parametrize("size", [1, 70_000])
+def test_the_head_of_a_response_comes_with_its_body(size):
+    accepted, there = socket.socketpair()
+    with ClientSocket(accepted, Pace(30, 1)) as here, there:
+        there.setblocking(False)
+        here.hold_head()
+        here.send_now(b"100 continue, ")  # which no head is
+        assert there.recv(100) == b"100 continue, "
+        here.sendall(b"head, ")
+        with pytest.raises(BlockingIOError):
+            there.recv(1)
+        here.sendall(bytes(size))
+        assert there.recv(100_000, socket.MSG_WAITALL) == b"head, " + bytes(size)
+        here.sendall(b"more")
+        assert there.recv(100) == b"more"
+        here.hold_head()
+        here.sendall(b"head of nothing")
+        here.send_head()
+        assert there.recv(100) == b"head of nothing"
+        here.sendall(b"another")
+        assert there.recv(100) == b"another"
+
+
 def test_a_response_counts_whole_until_its_last_byte_is_taken():
     pace = Pace(30, 1)
     waiting = Waiting()

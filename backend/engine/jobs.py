@@ -61,7 +61,7 @@ class Job:
         self.items = [Item(self, index) for index in range(len(call.inputs) * call.repeat)]
         self._cancelled = False
         self._open = len(self.items)
-        self._ended = False
+        self.ended = False  # whether its answer or error was told, or is just being told
         self._lock = threading.Lock()  # so that a job ends once, and each item counts
 
     @property
@@ -89,9 +89,9 @@ class Job:
 
     def _end(self, answer: Answer | CraneError) -> None:
         with self._lock:
-            if self._ended:
+            if self.ended:
                 return
-            self._ended = True
+            self.ended = True
         if isinstance(answer, CraneError) and self._begun:
             answer = copy(answer)  # which may be that of other calls, too
             answer.usage = self.usage

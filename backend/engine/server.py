@@ -20,9 +20,10 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 
 from backend import logs
-from backend.channel import Channel, MessageTooLarge
+from backend.channel import Channel
 from backend.config import Config
 from backend.engine import file_lock, wire
 from backend.engine.calls import Answer, Call, Event
@@ -44,9 +45,10 @@ ACCEPT_PAUSE_S = 0.05  # where no connection can be taken for now
 class Server:
     """Hands what callers send to an engine, and its answers back.
 
-    One thread owns all connections. The models' threads leave their answers in ``_outbox`` and
-    wake it. What streams is sent by them at once: to wake a thread for each event, and to wait for
-    the interpreter while it runs, takes a tenth of the throughput of 64 callers on two cores.
+    One thread owns all connections. What a model's thread has to tell it sends itself: to wake a
+    thread for each event, and to wait for the interpreter while it runs, takes a tenth of the
+    throughput of 64 callers on two cores. What a connection does not take at once is left to the
+    one that owns it.
 
     Whatever comes over a connection, the worst that it does is to end that connection.
     """
@@ -62,13 +64,14 @@ class Server:
         self._listener.listen(socket.SOMAXCONN)
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._outbox: deque[tuple[Channel, str, Answer | CraneError | None]] = deque()
+        self._unsent: deque[Channel] = deque()  # that have not taken all yet
         # So that no connection is closed by one thread while another writes to it.
         self._sending = threading.Lock()
         self._woken, self._wake = socket.socketpair()
         self._woken_up = False
         self._jobs: dict[Channel, Job | None] = {}
         self._broken = self._draining = False
+        self._handed_back = False  # from then on models' threads send nothing
         self._ends_at = math.inf
 
     def serve(self) -> int:
@@ -87,7 +90,7 @@ class Server:
                 elif key.fileobj is self._woken:
                     self._woken.recv(4096)
                     self._woken_up = False
-                    self._send_answers()
+                    self._send_rests()
                 elif isinstance(key.fileobj, Channel):
                     self._serve(key.fileobj, events)
         self._hand_back()
@@ -116,7 +119,7 @@ class Server:
             return False
         now = time.monotonic()
         over = now >= self._ends_at or (self._broken and not any(self._jobs.values()))
-        unsent = self._outbox or any(caller.has_unsent for caller in self._jobs)
+        unsent = self._unsent or any(caller.has_unsent for caller in self._jobs)
         return over and (not unsent or now >= self._ends_at + UNSENT_S)
 
     def _hand_back(self) -> None:
@@ -127,7 +130,9 @@ class Server:
         self._listener.shutdown(socket.SHUT_RD)
         while self._accept():
             pass
-        self._send_answers()
+        with self._sending:
+            self._handed_back = True
+        self._send_rests()
         for caller, job in list(self._jobs.items()):
             caller.take_no_more()
             if job is None:
@@ -200,23 +205,25 @@ class Server:
             raise BadMessage("it is a call, and there is one on this connection already")
 
     def _run(self, caller: Channel, call: Call) -> None:
-        def tell(told: Event | Answer | CraneError) -> None:
-            if isinstance(told, Event):
-                self._send_event(caller, call.request_id, told)
-                return
-            self._outbox.append((caller, call.request_id, told))
-            self._wake_up()
-
         if self._draining:
             self._refuse(caller, call.request_id)
             return
         try:
-            self._jobs[caller] = self._engine.submit(call, tell)
+            job = self._engine.submit(call, partial(self._tell, caller, call.request_id))
+            with self._sending:  # which its answer is sent with
+                if not job.ended:
+                    self._jobs[caller] = job
         except CraneError as error:
             self._send(caller, wire.pack_answer(call.request_id, error))
         except Exception:
             logger.exception("a call could not be queued")
             self._send(caller, wire.pack_answer(call.request_id, InternalError()))
+
+    def _send_rests(self) -> None:
+        while self._unsent:
+            caller = self._unsent.popleft()
+            if not caller.closed:
+                self._selector.modify(caller, selectors.EVENT_READ | selectors.EVENT_WRITE)
 
     def _order(self, caller: Channel, order: str, model_id: str) -> None:
         answer: CraneError | None = None
@@ -231,31 +238,26 @@ class Server:
             answer = InternalError()
         self._send(caller, wire.pack_answer(model_id, answer))
 
-    def _send_answers(self) -> None:
-        while self._outbox:
-            caller, call_id, answer = self._outbox.popleft()
-            if caller.closed:
-                continue
-            if answer is None:  # but there are events that it has not taken yet
-                self._selector.modify(caller, selectors.EVENT_READ | selectors.EVENT_WRITE)
-                continue
-            self._jobs[caller] = None
-            try:
-                self._send(caller, wire.pack_answer(call_id, answer))
-            except Exception:
-                logger.exception("an output could not be sent")
-                self._send(caller, wire.pack_answer(call_id, InternalError()))
+    def _tell(self, caller: Channel, call_id: str, told: Event | Answer | CraneError) -> None:
+        """Send an event or an answer, from the thread of the model that it is of."""
+        try:
+            self._send_told(caller, call_id, told)
+        except Exception:
+            logger.exception("an output could not be sent")
+            if not isinstance(told, Event):
+                self._send_told(caller, call_id, InternalError())
 
-    def _send_event(self, caller: Channel, call_id: str, event: Event) -> None:
-        """Send an event, from the thread of the model that it is about.
-
-        A connection that has ended is for the thread to see that owns it.
-        """
-        data = wire.pack_answer(call_id, event)
-        with self._sending, suppress(OSError, MessageTooLarge):
-            if caller.closed or caller.send(data):
+    def _send_told(self, caller: Channel, call_id: str, told: Event | Answer | CraneError) -> None:
+        """A connection that has ended is for the thread to see that owns it."""
+        data = wire.pack_answer(call_id, told)
+        with self._sending, suppress(OSError):
+            if caller.closed or self._handed_back:
                 return
-        self._outbox.append((caller, call_id, None))
+            if not isinstance(told, Event):
+                self._jobs[caller] = None  # before its caller can send another call
+            if caller.send(data):
+                return
+        self._unsent.append(caller)
         self._wake_up()
 
     def _send(self, caller: Channel, message: list[Part]) -> None:
@@ -275,10 +277,11 @@ class Server:
         if caller.closed:  # one look at the sockets may tell of its end twice
             return
         self._selector.unregister(caller)
-        if job := self._jobs.pop(caller):
-            job.cancel()
         with self._sending:
+            job = self._jobs.pop(caller)
             caller.close()
+        if job:
+            job.cancel()
 
 
 def main() -> None:

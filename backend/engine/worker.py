@@ -593,7 +593,7 @@ class Worker:
 
     def _drop_cancelled(self) -> None:
         """Take out of the queue what nobody waits for; the caller holds the lock."""
-        if any(item.job.cancelled for item in self._queue):
+        if self._queue and any(item.job.cancelled for item in self._queue):
             self._queue.keep(waited_for)
 
     def _wait_for_work(self) -> bool:

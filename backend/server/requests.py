@@ -65,7 +65,7 @@ class Unreader(unreader.Unreader):  # type: ignore[misc]
         if self._began is None:
             self._began = time.monotonic()
             if self.expects_continue:
-                self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._sock.send_now(b"HTTP/1.1 100 Continue\r\n\r\n")
         size = min(max(size_hint or 0, READ), MAX_READ)
         while True:
             try:
@@ -105,12 +105,17 @@ class Body(body.Body):  # type: ignore[misc]
         self._unreader = unreader
 
     @property
+    def is_read(self) -> bool:
+        """Whether all of it was read, as far as that is known without a look."""
+        return isinstance(self.reader, body.LengthReader) and not self.reader.length
+
+    @property
     def missing(self) -> float:
         """Bytes that have not come; infinite where only the body's end will tell."""
         if isinstance(self.reader, body.LengthReader):
-            left = self.reader.length
-            return float(max(0, left - self._unreader.buffered)) if left else 0.0
-        return 0.0 if self.reader.parser is None else math.inf
+            left: int = self.reader.length
+            return max(0, left - self._unreader.buffered) if left else 0
+        return 0 if self.reader.parser is None else math.inf
 
     def _read_reader(self, size: int) -> bytes:
         try:
@@ -171,7 +176,7 @@ class Request(message.Request):  # type: ignore[misc]
         return missing
 
     def should_close(self) -> bool:
-        return bool(super().should_close()) or self.body.failed or self.missing > 0
+        return self.body.failed or self.body.missing > 0 or bool(super().should_close())
 
 
 class Parser(parser.RequestParser):  # type: ignore[misc]
@@ -182,3 +187,9 @@ class Parser(parser.RequestParser):  # type: ignore[misc]
     def __init__(self, cfg: Any, sock: ClientSocket, client: Any, reader: Unreader) -> None:
         super().__init__(cfg, sock, client)
         self.unreader = reader
+
+    def finish_body(self, deadline: float | None = None, max_bytes: int | None = None) -> bool:
+        """Skip what the app did not read, which is here; gunicorn asks the socket twice before."""
+        if self.mesg is None or (self.mesg.body.is_read and not self.mesg.body.failed):
+            return True
+        return bool(super().finish_body(deadline, max_bytes))

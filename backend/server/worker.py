@@ -319,7 +319,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def _answer(self, connection: Connection) -> bool:
         """Run the app; whether the connection can be kept."""
         try:
-            return bool(self.handle_request(connection.request, connection))
+            connection.sock.hold_head()
+            try:
+                return bool(self.handle_request(connection.request, connection))
+            finally:
+                connection.sock.send_head()
         except StopIteration:  # an error after the response had begun, which gunicorn has logged
             return False
         except OSError as error:

@@ -83,6 +83,16 @@ def sound(input_: Any, options: Mapping[str, Any]) -> Usage:
     return {"audio_seconds": options["duration"] or SOUND_S}
 
 
+def sequences(task: Task, inputs: list[Any], options: Mapping[str, Any], repeat: int = 1) -> int:
+    """How many inputs a model has to run.
+
+    What one input comes to, as ``Task.expand`` says, are as many, and so is each of several
+    outputs.
+    """
+    each = repeat * task.outputs(options)
+    return each * sum(task.expand(one, options).sequences for one in inputs)
+
+
 def most_usage(
     task: Task,
     inputs: list[Any],
@@ -92,14 +102,12 @@ def most_usage(
 ) -> tuple[int, dict[str, float]]:
     """How many inputs a model has to run, and the most that they may use.
 
-    ``inputs`` and ``options`` are loaded, and the media read. What one input comes to, as
-    ``Task.expand`` says, are as many inputs, and so is each of several outputs. ``window`` is how
-    many tokens each text is cut to, if it is.
+    ``inputs`` and ``options`` are loaded, and the media read. ``window`` is how many tokens each
+    text is cut to, if it is.
     """
-    count, total = 0, dict[str, float]()
+    total = dict[str, float]()
     for one in inputs:
         expanded = task.expand(one, options)
-        count += repeat * expanded.sequences * task.outputs(options)
         extra = EXTRA_TOKENS * max(expanded.sequences, _texts(one))
         width = _bytes_per_character([one, dict(options)])
         read = math.ceil(expanded.characters * width) + extra
@@ -107,6 +115,7 @@ def most_usage(
             read = min(read, expanded.sequences * window)
         _add(total, {"input_tokens": read})
         _add(total, {**measured(one), **task.makes(one, options)})
+    count = sequences(task, inputs, options, repeat)
     return count, {name: repeat * used for name, used in total.items()}
 
 
