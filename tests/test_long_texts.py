@@ -289,6 +289,32 @@ def test_a_context_is_refused_wherever_it_is_no_text(make_app, checkpoint, seen)
     assert run(client, "m", {"question": "a", "context": words}).status_code == 200
 
 
+@pytest.mark.parametrize("text", [MUCH, EMPTY], ids=["words", "nothing"])
+@pytest.mark.parametrize("field", ["tools", "calls"])
+def test_tools_and_calls_that_are_too_long_are_not_tokenised(
+    make_app, checkpoint, seen, field, text
+):
+    client = make_app(
+        [{"id": "m", "type": "chat", "hf_model": checkpoint("thinker")}]
+    ).test_client()
+    tool = {"type": "function", "function": {"name": "clock", "description": text}}
+    call = {"name": "clock", "arguments": {"at": text[:20_000]}}
+    value = {"messages": [{"role": "user", "content": "hello"}]}
+    if field == "tools":
+        value["tools"] = [tool]
+    else:
+        value["messages"] += [
+            {"role": "assistant", "content": "", "tool_calls": [call] * 20},
+            {"role": "tool", "content": "noon", "tool_call_id": "a"},
+        ]
+    for truncate in (False, True):
+        answer = run(client, "m", value, options={"truncate": truncate, "max_tokens": 2})
+        assert answer.status_code == 400, answer.json
+        at = "input.tools" if field == "tools" else "input.messages"
+        assert "tokens" in answer.json["error"]["details"].get(at, ""), answer.json
+    assert 0 < seen[0] < 100_000
+
+
 @pytest.mark.parametrize("task", ASKED)
 def test_no_adapter_tokenises_all_of_a_long_text(make_app, checkpoint, seen, task):
     name, value, at = ASKED[task]

@@ -8,6 +8,7 @@ from typing import Any
 from backend.adapters.chat_template import (
     ChatTemplate,
     as_templates_have_it,
+    check_calls,
     does_not_suit,
     ends_of,
     told,
@@ -34,6 +35,7 @@ class Chat(CausalGenerator):
         import jinja2
 
         extra = self._template.extra(value, options)
+        check_calls(value, self.window, self.tokenizer)
         messages = value["messages"]
         text = told(messages)
         if len(part := self.readable(text)) < len(text):

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from backend.adapters.detokenizer import special_tokens_of
+from backend.adapters.long_texts import or_more, readable
 from backend.errors import InvalidRequest, ModelUnavailable
 from backend.replies import Reply, marks_of
 
@@ -107,6 +108,20 @@ def _said(message: dict[str, Any]) -> str:
     if message["role"] == "assistant":
         content = content.rpartition("</think>")[2]
     return str(content.strip())
+
+
+def check_calls(value: Mapping[str, Any], window: int | None, tokenizer: Any) -> None:
+    """Refuse tools and calls that fit no window, as a template would have them tokenised whole."""
+    calls = [call for message in value["messages"] for call in message.get("tool_calls", ())]
+    tools = value.get("tools", [])
+    if window is None or not (tools or calls):
+        return
+    at = "input.tools" if tools else "input.messages"
+    text = orjson.dumps([*tools, *calls]).decode()
+    if len(part := readable(text, window, tokenizer, at=at)) < len(text):
+        count = or_more(len(tokenizer(part, verbose=False)["input_ids"]), window)
+        fault = f"have {count} tokens of tools and calls, and the model's window is {window}"
+        raise InvalidRequest.of({at: f"{fault}; shorten them"})
 
 
 def ends_of(messages: list[dict[str, Any]], characters: int) -> list[dict[str, Any]]:

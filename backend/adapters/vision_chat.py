@@ -9,7 +9,13 @@ from typing import Any
 import orjson
 
 from backend.adapters.base import Batch, Prediction, too_late
-from backend.adapters.chat_template import ChatTemplate, as_templates_have_it, does_not_suit, told
+from backend.adapters.chat_template import (
+    ChatTemplate,
+    as_templates_have_it,
+    check_calls,
+    does_not_suit,
+    told,
+)
 from backend.adapters.long_texts import or_more
 from backend.adapters.vision_base import as_picture, of_one_shape, stack
 from backend.adapters.vision_text import PICTURE_TOKENS, PictureWriter
@@ -97,6 +103,7 @@ class PictureChat(PictureWriter):
             if mark := next((mark for mark in self._places if mark in text), None):
                 fault = f"has {mark}, which this model reads as the place of a picture"
                 raise InvalidRequest.of({at: fault})
+        check_calls(value, self.window, self.tokenizer)
         text = told(messages)
         part = self.readable(text, "input.messages")
         if self.window is not None and len(part) < len(text):
