@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -471,3 +472,85 @@ def test_the_thread_that_looks_ends_with_the_service(monkeypatch):
     assert len(watchers()) == 1
     watched.close()
     assert watchers() == []
+
+
+# What is to be put right once a store is back.
+
+
+class Away(MemoryStore):
+    """A store whose steps fail, or whose answers are lost, for as long as it is told to."""
+
+    name = "flaky"
+    errors = (ConnectionError,)
+    how = ""
+    failures = 0  # of the steps to come, though it can be reached
+
+    def _step(self, subject, decide):
+        if self.failures or self.how == "fails":
+            self.failures = max(0, self.failures - 1)
+            raise ConnectionError
+        decision = super()._step(subject, decide)
+        if self.how == "loses":
+            raise ConnectionError
+        return decision
+
+    def ping(self):
+        if self.how:
+            raise ConnectionError
+
+
+FREE = tiers("free 9/minute")["free"]
+HELD = Call("someone", FREE, "a", 2 * UNIT, 60_000)
+STEPS = {
+    "spend": (lambda store: store.spend(replace(HELD, lease="b")), (7000, 1)),
+    "reserve": (lambda store: store.reserve(HELD, HELD.raised(5 * UNIT)), (9000, 0)),
+    "settle": (lambda store: store.settle(HELD, 6 * UNIT), (3000, 0)),
+}
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+@pytest.mark.parametrize("how", ["fails", "loses", "is known to be away"])
+@pytest.mark.parametrize("step", STEPS)
+def test_whatever_became_of_a_step_it_is_put_right_once(step, how, failures, monkeypatch):
+    """Who has no answer goes on elsewhere, and so holds nothing here; what has ended is paid."""
+    monkeypatch.setattr("backend.quota.failover.PROBE_S", 0.01)
+    store = Away()
+    watched = WatchedStore(store)
+    take, standing = STEPS[step]
+    watched.spend(HELD)
+    store.how = how
+    if how not in ("fails", "loses"):
+        store.how = "fails"
+        with pytest.raises(QuotaAway):
+            watched.look("someone", FREE)
+    with pytest.raises(QuotaAway):
+        take(watched)
+    assert len(watchers()) == 1
+    store.how, store.failures = "", failures
+    wait_for(lambda: not watched.away)
+    store.failures = 0  # where nothing was to be put right
+    found = watched.look("someone", FREE)
+    assert (*found.left, found.running) == standing
+    watched.close()
+
+
+def test_of_steps_that_fail_at_once_one_has_the_store_looked_at(monkeypatch):
+    monkeypatch.setattr("backend.quota.failover.PROBE_S", 60)
+    at_once = threading.Barrier(8)
+
+    class FailsAtOnce(Flaky):
+        def _step(self, subject, decide):
+            at_once.wait(30)
+            raise ConnectionError
+
+    changes = []
+    watched = WatchedStore(FailsAtOnce(), changes.append)
+
+    def look(_):
+        with pytest.raises(QuotaAway):
+            watched.look("someone", FREE)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(8)))
+    assert (len(watchers()), changes) == (1, [True])
+    watched.close()
