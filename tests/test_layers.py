@@ -18,6 +18,7 @@ LAYERS = [
         "backend.bounds",
         "backend.cores",
         "backend.engine.libraries",
+        "backend.engine.load_turns",
         "backend.engine.turns",  # a load takes turns too
         "backend.errors",
         "backend.fair_lock",

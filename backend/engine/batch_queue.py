@@ -27,6 +27,11 @@ class BatchQueue:
         return (item for items in self._of.values() for item in items)
 
     @property
+    def callers(self) -> list[str]:
+        """Who has inputs here, which any thread may read."""
+        return list(self._of)
+
+    @property
     def head(self) -> Item:
         """The input whose turn it is; there must be one."""
         return next(iter(self._of.values()))[0]

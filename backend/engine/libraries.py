@@ -14,10 +14,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from backend.engine.load_turns import Load, LoadTurns
 from backend.errors import ModelUnavailable
 
 # What nearly all adapters load their weights with. ``modeling_utils`` is the slow part.
@@ -36,7 +38,7 @@ GIVEN_UP_S = 10.0
 
 
 class LoadLock:
-    """One load at a time, in the order in which they came.
+    """One load at a time, in the order in which they came, their callers in turn (``LoadTurns``).
 
     transformers' ``from_pretrained`` changes functions of the process while it works, and puts back
     what it found: two at once may leave them changed for good, and then nothing loads any more. It
@@ -45,55 +47,81 @@ class LoadLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._line: list[tuple[int, str]] = []  # threads and names; the first one has the lock
-        self._given_up_at = math.inf  # the load that has the lock
+        self._holder: _Load | None = None
+        self._given_up_at = math.inf  # the holder
+        self._line: list[_Load] = []  # those that wait
+        self._turns: LoadTurns[_Load] = LoadTurns()
 
     @property
     def holder(self) -> str | None:
         """The name under which the lock is held."""
-        line = self._line[:1]
-        return line[0][1] if line else None
+        holder = self._holder
+        return holder.name if holder else None
 
     def give_up(self, thread: threading.Thread) -> None:
         """Whatever a thread does may never end: if it has the lock, the others are not to wait."""
         with self._changed:
-            if self._line[:1] and self._line[0][0] == thread.ident:
+            if self._holder and self._holder.thread == thread.ident:
                 self._given_up_at = min(self._given_up_at, time.monotonic())
 
     @contextmanager
-    def hold(self, name: str, wanted: Callable[[], bool] = lambda: True) -> Iterator[bool]:
+    def hold(
+        self,
+        name: str,
+        wanted: Callable[[], bool] = lambda: True,
+        waiting: Load | None = None,
+    ) -> Iterator[bool]:
         """Load in here; or not, where the value is false: it was not ``wanted`` any more.
 
-        A thread that has the lock may enter again. Raises ``ModelUnavailable`` where the load that
+        ``waiting`` knows the callers who wait for it. A thread that has the lock may enter again.
+        Raises ``ModelUnavailable`` where the load that
         has the lock was given up.
         """
         me = threading.get_ident()
-        if self._line[:1] and self._line[0][0] == me:
+        if (holder := self._holder) and holder.thread == me:
             yield True
             return
-        mine = (me, name)
+        mine = _Load(me, name, waiting)
         with self._changed:
             self._line.append(mine)
         try:
             yield self._wait(mine, wanted)
         finally:
             with self._changed:
-                if self._line[0] is mine:
-                    self._given_up_at = math.inf
-                self._line.remove(mine)
+                if self._holder is mine:
+                    self._holder, self._given_up_at = None, math.inf
+                else:
+                    self._line.remove(mine)
                 self._changed.notify_all()
 
-    def _wait(self, mine: tuple[int, str], wanted: Callable[[], bool]) -> bool:
+    def _wait(self, mine: _Load, wanted: Callable[[], bool]) -> bool:
         while wanted():
             with self._changed:
-                if self._changed.wait_for(lambda: self._line[0] is mine, LOOK_S):
+                if self._changed.wait_for(lambda: self._is_next(mine), LOOK_S):
+                    self._line.remove(mine)
+                    self._holder = mine
+                    self._turns.begins(mine)
                     return True
                 if time.monotonic() > self._given_up_at + GIVEN_UP_S:
                     raise ModelUnavailable(
-                        f"One model loads at a time, and the load of {self._line[0][1]} hangs: "
+                        f"One model loads at a time, and the load of {self.holder} hangs: "
                         "the service must be started again."
                     )
         return False
+
+    def _is_next(self, load: _Load) -> bool:
+        return self._holder is None and self._turns.first(self._line) is load
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Load:
+    thread: int
+    name: str
+    waiting: Load | None
+
+    @property
+    def callers(self) -> Collection[str]:
+        return self.waiting.callers if self.waiting else ()
 
 
 alone = LoadLock()

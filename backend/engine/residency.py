@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from backend.engine.load_turns import LoadTurns
 from backend.errors import OutOfMemory
 
 # A loaded model's queued work goes before another model's load, but nobody waits longer for that.
@@ -26,6 +28,10 @@ class Tenant(Protocol):
     @property
     def users(self) -> int:
         """How many inputs it has, queued and running."""
+
+    @property
+    def callers(self) -> Collection[str]:
+        """Who waits for it."""
 
     @property
     def is_leaving(self) -> bool:
@@ -48,12 +54,17 @@ class _Waiting:
     size: int
     since: float
 
+    @property
+    def callers(self) -> Collection[str]:
+        return self.tenant.callers
+
 
 class Residency:
     """Keeps what models hold on each device within its budget.
 
-    A model that is to load waits in line. Before the first in line, models leave that nobody uses,
-    the least recently used first, and no more of them than it takes. Pinned ones never do.
+    A model that is to load waits in line, its callers in turn (``LoadTurns``). Before the first in
+    line, models leave that nobody uses, the least recently used first, and no more of them than it
+    takes. Pinned ones never do.
     """
 
     def __init__(self, budget: Callable[[str], int], free: Callable[[str], int]) -> None:
@@ -63,6 +74,7 @@ class Residency:
         self._budgets: dict[str, int] = {}
         self._held: dict[Tenant, _Holding] = {}
         self._line: list[_Waiting] = []
+        self._turns: defaultdict[str, LoadTurns[_Waiting]] = defaultdict(LoadTurns)  # by device
         self._changed = threading.Condition()
 
     def take(self, tenant: Tenant, device: str, size: int, wanted: Callable[[], bool]) -> bool:
@@ -171,6 +183,7 @@ class Residency:
         if not self._may_enter(me):
             return False
         self._held[me.tenant] = _Holding(me.device, me.size)
+        self._turns[me.device].begins(me)
         return True
 
     def _may_enter(self, me: _Waiting) -> bool:
@@ -241,7 +254,7 @@ class Residency:
         return me.size - min(self._room(me.device), self._free(me.device))
 
     def _first(self, device: str) -> _Waiting:
-        return next(one for one in self._line if one.device == device)
+        return self._turns[device].first([one for one in self._line if one.device == device])
 
     def _refusal(self, me: _Waiting) -> OutOfMemory:
         holders = {

@@ -139,6 +139,11 @@ class Worker:
         return len(self._queue) + len(self._running) + len(self._parked)
 
     @property
+    def callers(self) -> list[str]:
+        """Who waits for it."""
+        return self._queue.callers
+
+    @property
     def is_leaving(self) -> bool:
         return self._leaving is not Leaving.NO
 
@@ -460,7 +465,7 @@ class Worker:
             yield True
             return
         self._in_line = True
-        with libraries.alone.hold(self.model_id, self._goes_on) as wanted:
+        with libraries.alone.hold(self.model_id, self._goes_on, self._queue) as wanted:
             self._in_line = False
             yield wanted
 
