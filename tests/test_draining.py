@@ -19,7 +19,7 @@ from backend.engine import placement, server, wire
 from backend.engine.calls import Answer, Call
 from backend.engine.remote import EngineEnding, RemoteEngine
 from backend.engine.several import SeveralEngines, reach
-from backend.errors import ModelUnavailable
+from backend.errors import InternalError, ModelUnavailable
 from backend.registry import Registry
 from tests.conftest import ECHO, write_models
 from tests.serving import wait_for
@@ -280,3 +280,20 @@ def test_what_an_engine_says_as_it_ends_is_for_one_call(tmp_path):
     message = wire.pack_answer("other", wire.Event(wire.ENDING, {}))
     with pytest.raises(wire.BadMessage):
         wire.unpack_answer("mine", message)
+
+
+@pytest.mark.parametrize("method", ["submit", "control", "status"])
+def test_a_fault_of_ours_costs_one_request(engines, monkeypatch, method):
+    one = engines(1)
+    client = RemoteEngine(one.config, start_s=0)
+    requests = {
+        "submit": (lambda: client.run(call("a", "x", timeout_s=5)), InternalError),
+        "control": (lambda: client.control("load", "a"), InternalError),
+        "status": (client.look, ModelUnavailable),  # its connection ends, and tells so
+    }
+    request, error = requests[method]
+    with monkeypatch.context() as broken:
+        broken.setattr(one.servers[0]._engine, method, lambda *asked, **how: 1 / 0)
+        with pytest.raises(error):
+            request()
+    assert client.run(call("a", "y", timeout_s=5)).outputs == ["y"]
