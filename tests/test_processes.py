@@ -187,7 +187,7 @@ def test_a_killed_engine_is_a_503_at_once_and_the_service_comes_back(gunicorn):
     # Whoever comes while it starts waits a little instead of being refused.
     assert server.run(input="again", timeout_s=10)[1]["output"] == "again"
     assert server.engine().pid != engine.pid
-    assert server.get("/readyz")[0] == 200
+    wait_for(lambda: server.get("/readyz")[0] == 200)
 
 
 def test_when_the_master_is_killed_nothing_is_left(gunicorn):
