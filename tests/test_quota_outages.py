@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import socket
 import sqlite3
@@ -15,8 +16,9 @@ from functools import partial
 import pytest
 
 from backend import logs
+from backend.held_bodies import SMALL
 from backend.quota.decisions import Call
-from backend.quota.failover import END_WITHIN_S, QuotaAway, WatchedStore
+from backend.quota.failover import END_WITHIN_S, Failover, QuotaAway, WatchedStore
 from backend.quota.memory import MemoryStore
 from backend.quota.redis import ANSWER_TIMEOUT_S
 from backend.quota.tiers import UNIT, tiers
@@ -503,7 +505,6 @@ FREE = tiers("free 9/minute")["free"]
 HELD = Call("someone", FREE, "a", 2 * UNIT, 60_000)
 STEPS = {
     "spend": (lambda store: store.spend(replace(HELD, lease="b")), (7000, 1)),
-    "reserve": (lambda store: store.reserve(HELD, HELD.raised(5 * UNIT)), (9000, 0)),
     "settle": (lambda store: store.settle(HELD, 6 * UNIT), (3000, 0)),
 }
 
@@ -532,6 +533,60 @@ def test_whatever_became_of_a_step_it_is_put_right_once(step, how, failures, mon
     found = watched.look("someone", FREE)
     assert (*found.left, found.running) == standing
     watched.close()
+
+
+@pytest.mark.parametrize("how", ["fails", "loses", "is known to be away"])
+@pytest.mark.parametrize(("other", "left"), [("admits", 9000), ("refuses", 7000), ("fails", 7000)])
+def test_a_call_that_no_other_store_lets_in_keeps_what_it_has_spent(how, other, left, monkeypatch):
+    monkeypatch.setattr("backend.quota.failover.PROBE_S", 0.01)
+    store, after = Away(), Away()
+    stores = Failover([store, after])
+    first, second = stores._watched
+    first.spend(HELD)
+    if other == "refuses":
+        second.spend(replace(HELD, lease="other", cost=9 * UNIT))
+    after.how = "fails" if other == "fails" else ""
+    store.how = how
+    if how not in ("fails", "loses"):
+        store.how = "fails"
+        with pytest.raises(QuotaAway):
+            first.look("someone", FREE)
+    with suppress(QuotaAway):
+        decision, holder = stores.reserve(HELD, HELD.raised(5 * UNIT), first)
+        assert (holder, decision.refused_by is None) == (second, other == "admits")
+    store.how = after.how = ""
+    wait_for(lambda: not first.away)
+    found = first.look("someone", FREE)
+    assert (*found.left, found.running) == (left, 0)
+    stores.close()
+
+
+@pytest.mark.parametrize(("policy", "left"), [("local", 20), ("allow", 19), ("deny", 19)])
+def test_a_call_whose_reservation_meets_an_outage_is_paid_for_once(gunicorn, valkey, policy, left):
+    """Its unit is spent before its body comes, and the server is stopped between the two."""
+    settings = {"CRANE_REDIS_URL": valkey.url, "CRANE_QUOTA_ON_OUTAGE": policy}
+    tier = {"CRANE_QUOTA": "on", "CRANE_TIERS": "free 20/day"}
+    server = gunicorn([{**ECHO, "cost": 5}], CRANE_WORKERS=1, **tier, **settings)
+    body = json.dumps({"model_id": "echo", "input": "x" * 2 * SMALL}).encode()
+    head = "POST /crane/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+
+    def quota():
+        known = server.get("/crane/quota")[1]
+        return known["limits"][0]["left"], known["concurrency"]["running"]
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as caller:
+        caller.sendall(head.encode())
+        wait_for(lambda: quota() == (19, 1))
+        valkey.stall()
+        caller.sendall(body)
+        status = int(caller.recv(65536).split()[1])
+    assert status == (503 if policy == "deny" else 200)
+    if policy == "local":
+        assert quota() == (15, 0)  # of this host's own file
+    valkey.go_on()
+    wait_for(lambda: not server.get("/readyz")[1]["quota"]["away"])
+    assert quota() == (left, 0)
 
 
 def test_of_steps_that_fail_at_once_one_has_the_store_looked_at(monkeypatch):

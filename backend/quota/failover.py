@@ -54,12 +54,17 @@ class WatchedStore:
         return self._run(lambda: self.store.spend(call), late=late, again=late[1:])
 
     def reserve(self, call: Call, raised: Call) -> Decision:
-        late = [(call, 0), (raised, 0)]
-        return self._run(lambda: self.store.reserve(call, raised), late=late, again=late)
+        return self._run(lambda: self.store.reserve(call, raised), late=[])
 
     def settle(self, call: Call, cost: int) -> Decision:
         late = [(call, cost)]
         return self._run(lambda: self.store.settle(call, cost), late=late, again=late)
+
+    def settle_either(self, calls: Sequence[Call], cost: int) -> None:
+        """Settle a call whose ``reserve`` had no answer, under whichever name it is held."""
+        for call in calls:
+            with suppress(QuotaAway):
+                self.settle(call, cost)
 
     def end(self, call: Call) -> None:
         """Settle a call that cost what it held, within ``END_WITHIN_S``."""
@@ -217,10 +222,23 @@ class Failover:
     def reserve(
         self, call: Call, raised: Call, holder: WatchedStore
     ) -> tuple[Decision, WatchedStore]:
-        """Likewise; who comes after a holder that is away has the call spend all of it there."""
+        """Likewise; who comes after a holder that is away has the call spend all of it there.
+
+        So the call costs nothing at the holder then. Where nobody else lets it in, it costs there
+        what it held: it is refused, or runs though quotas are not known.
+        """
         with suppress(QuotaAway):
             return holder.reserve(call, raised), holder
-        return self.spend(raised)
+        maybe_held, cost = [call, raised], call.cost
+        try:
+            decision, other = self.spend(raised)
+            if decision.refused_by is None:
+                cost = 0
+                if other is holder:  # which is back already
+                    maybe_held.remove(raised)
+            return decision, other
+        finally:
+            holder.settle_either(maybe_held, cost)
 
     def look(self, subject: str, tier: Tier) -> Decision:
         for watched in self._watched:
