@@ -590,3 +590,20 @@ def test_an_object_without_keys_comes_to_the_defaults_of_each_call():
     for _ in range(2):
         with pytest.raises(ValidationError):
             Wanted().load({})
+
+
+def test_a_body_that_is_shorter_than_it_says_is_refused(client):
+    answer = client.post(
+        "/crane/run",
+        data=b'{"model_id": "echo", "input": 1}',
+        content_type="application/json",
+        environ_overrides={"CONTENT_LENGTH": "500"},
+    )
+    assert answer.status_code == 400
+    assert answer.get_json()["error"]["details"] == {"body": "ends before all of it has come"}
+
+
+def test_a_body_of_a_value_too_many_is_refused(client):
+    body = json.dumps({"model_id": "echo", "input": [[0] * MAX_VALUES]})
+    answer = client.post("/crane/run", data=body, content_type="application/json")
+    assert f"more than {MAX_VALUES} values" in answer.get_json()["error"]["details"]["body"]

@@ -144,10 +144,14 @@ def test_it_has_with_what_its_caller_does_next(metered, running, monkeypatch):
     assert client.get("/crane/quota").json["concurrency"]["running"] == running() == 0
 
 
-def test_what_has_not_ended_yet_ends_with_the_service(make_app, running, monkeypatch):
-    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", 60)
+@pytest.mark.parametrize("ends_within_s", [0.01, 60])
+def test_what_has_not_ended_yet_ends_with_the_service(
+    make_app, running, monkeypatch, ends_within_s
+):
+    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", ends_within_s)
     app = make_app(quota="on")
-    assert (run(app.test_client()).status_code, running()) == (200, 1)
+    assert run(app.test_client()).status_code == 200
+    wait_for(lambda: running() == (ends_within_s == 60))
     started = time.monotonic()
     app.extensions["crane"].meter.close()
     assert running() == 0

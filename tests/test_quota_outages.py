@@ -382,19 +382,6 @@ def test_what_ends_while_redis_is_away_is_settled_when_it_is_back(metered, valke
     assert (quota["limits"][0]["left"], quota["concurrency"]["running"]) == (left, 0)
 
 
-def test_a_lease_that_was_to_end_while_redis_is_away_ends_when_it_is_back(
-    metered, valkey, monkeypatch
-):
-    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", 60)
-    client = metered("free 20/minute concurrency=60", redis_url=valkey.url)
-    assert run(client).status_code == 200  # its lease waits for the next call
-    valkey.stall()
-    assert run(client).status_code == 200  # which Redis does not answer
-    valkey.go_on()
-    wait_for(lambda: not client.get("/readyz").json["quota"]["away"])
-    assert client.get("/crane/quota").json["concurrency"]["running"] == 0
-
-
 class Odd(MemoryStore):
     """A store in which a call cannot be settled for a reason that nobody foresaw."""
 
@@ -431,7 +418,7 @@ class Flaky(MemoryStore):
 
     def __init__(self, *found):
         super().__init__()
-        self._found = list(found)
+        self.found = list(found)
         self.broken = True
 
     def _step(self, subject, decide):
@@ -440,8 +427,8 @@ class Flaky(MemoryStore):
         return super()._step(subject, decide)
 
     def ping(self):
-        if self._found:
-            raise self._found.pop(0)
+        if self.found:
+            raise self.found.pop(0)
         self.broken = False
 
 
@@ -463,6 +450,29 @@ def test_whatever_is_found_the_store_is_looked_at_until_it_is_back(error, monkey
     assert changes == [True, False]
     wait_for(lambda: not watchers())
     assert watched.spend(call).left == (4000,)
+    watched.close()
+
+
+def test_leases_that_were_to_end_in_a_store_that_is_away_end_when_it_is_back(monkeypatch):
+    monkeypatch.setattr("backend.quota.failover.PROBE_S", 0.01)
+    monkeypatch.setattr("backend.quota.failover.END_WITHIN_S", 60)
+    store = Flaky(*[ConnectionError()] * 1000)
+    store.broken = False
+    watched = WatchedStore(store)
+    tier = tiers("free 9/minute")["free"]
+    first, second, third, fourth = (Call("someone", tier, lease, UNIT, 45_000) for lease in "abcd")
+    watched.spend(first)
+    watched.spend(second)
+    watched.end(first)
+    store.broken = True
+    with pytest.raises(QuotaAway):  # as the store is found to be away
+        watched.spend(third)
+    watched.end(second)
+    with pytest.raises(QuotaAway):  # without asking it
+        watched.spend(fourth)
+    store.found.clear()
+    wait_for(lambda: not watched.away)
+    assert (store.look("someone", tier).running, store.look("someone", tier).left) == (0, (7000,))
     watched.close()
 
 

@@ -65,7 +65,7 @@ class Call:
         Its lease has another name: whoever lost the answer to a ``reserve`` can settle both, and
         the one that is held is settled.
         """
-        return replace(self, lease=f"{self.lease}+", cost=cost, ended=())
+        return replace(self, lease=f"{self.lease}+", cost=cost)
 
 
 class Store(Protocol):

@@ -190,6 +190,6 @@ class Parser(parser.RequestParser):  # type: ignore[misc]
 
     def finish_body(self, deadline: float | None = None, max_bytes: int | None = None) -> bool:
         """Skip what the app did not read, which is here; gunicorn asks the socket twice before."""
-        if self.mesg is None or (self.mesg.body.is_read and not self.mesg.body.failed):
+        if self.mesg is None or self.mesg.body.is_read:
             return True
         return bool(super().finish_body(deadline, max_bytes))
