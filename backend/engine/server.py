@@ -211,7 +211,8 @@ class Server:
         try:
             job = self._engine.submit(call, partial(self._tell, caller, call.request_id))
             with self._sending:  # which its answer is sent with
-                self._jobs[caller] = job
+                if not job.ended:
+                    self._jobs[caller] = job
         except CraneError as error:
             self._send(caller, wire.pack_answer(call.request_id, error))
         except Exception:
