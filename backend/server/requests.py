@@ -176,7 +176,10 @@ class Request(message.Request):  # type: ignore[misc]
         return missing
 
     def should_close(self) -> bool:
-        return self.body.failed or self.body.missing > 0 or bool(super().should_close())
+        body = self.body
+        if body.failed or (not body.is_read and body.missing > 0):
+            return True
+        return bool(super().should_close())
 
 
 class Parser(parser.RequestParser):  # type: ignore[misc]

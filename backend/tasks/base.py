@@ -173,6 +173,10 @@ class Task:
         """Whether anything is drawn at random, so that a seed belongs in the receipt."""
         return "seed" in options and options.get("temperature", 1) > 0
 
+    def sequences(self, loaded: Any, options: Mapping[str, Any]) -> int:
+        """How many sequences a model reads for one input."""
+        return 1 if self.expand is one_sequence else self.expand(loaded, options).sequences
+
     def outputs(self, options: Mapping[str, Any]) -> int:
         """How many outputs an input has; where it is above one, they are a list."""
         count: int = options.get("num_images", 1)

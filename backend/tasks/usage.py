@@ -90,7 +90,7 @@ def sequences(task: Task, inputs: list[Any], options: Mapping[str, Any], repeat:
     outputs.
     """
     each = repeat * task.outputs(options)
-    return each * sum(task.expand(one, options).sequences for one in inputs)
+    return each * sum(task.sequences(one, options) for one in inputs)
 
 
 def most_usage(
