@@ -111,6 +111,7 @@ def when_ready(server):
         )
         _supervisor = start_supervisor()
         keep_supervised(server)
+    warn(server)
     greet(server)
 
 
@@ -175,6 +176,20 @@ def lives(process):
     lifeline = select.poll()
     lifeline.register(process.stdin, 0)  # what is told anyway: that nobody can read
     return not lifeline.poll(0)
+
+
+def warn(server):
+    """Name the settings by which one caller can take what is everybody's."""
+    if settings.auth == "off":
+        server.log.warning("CRANE_AUTH is off: whoever reaches this service may call it")
+    for tier in settings.tiers.values():
+        if tier.concurrency >= settings.threads:
+            server.log.warning(
+                "One caller of the tier %r can take all %d calls that an HTTP worker runs at once "
+                "(CRANE_THREADS). Lower the tier's concurrency in CRANE_TIERS.",
+                tier.name,
+                settings.threads,
+            )
 
 
 def greet(server):

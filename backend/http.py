@@ -148,7 +148,7 @@ def begin() -> None:
 def finish(response: Response) -> Response:
     known: Any = g._get_current_object()
     rule, method, status = request.url_rule, request.method, response.status_code
-    route = rule.rule if rule else None
+    route, address = rule.rule if rule else None, request.remote_addr
     add_headers({"X-Request-ID": known.request_id})
 
     def record() -> None:
@@ -160,6 +160,8 @@ def finish(response: Response) -> Response:
             "duration_ms": round((time.perf_counter() - known.started) * 1e3, 2),
             **known.log,
         }
+        if "key_id" not in known.log:
+            fields["address"] = address
         logger.info("request", extra={"fields": fields})
         metrics.REQUESTS.labels(route or "none", status).inc()
 

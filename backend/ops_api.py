@@ -10,6 +10,7 @@ from flask import Blueprint, Response, request
 
 from backend import metrics
 from backend.callers import Caller
+from backend.engine.status import nowhere
 from backend.errors import CraneError, ModelUnavailable
 from backend.http import crane
 from backend.visibility import without_hidden
@@ -52,10 +53,9 @@ def readyz() -> tuple[dict[str, Any], int]:
             if spec.pinned and models.get(spec.id, {}).get("state") != "ready"
         ]
         condition["engines"] = status["engines"]
-        condition["models"] = {
-            "unloaded": sum(1 for spec in crane().registry if spec.id not in models),
-            **Counter(model["state"] for model in models.values()),
-        }
+        condition["models"] = Counter(
+            models.get(spec.id, nowhere())["state"] for spec in crane().registry
+        )
     if crane().config.quota == "on":
         condition["quota"] = crane().meter.status()
     if crane().meter.refuses_all:

@@ -229,6 +229,15 @@ def test_the_models_list_says_how_to_call_each(make_app):
     assert client.get("/crane/models/echo").json["state"] == "ready"
 
 
+def test_every_model_is_counted_in_one_state(make_app):
+    client = make_app([ECHO, {"id": "again", "type": "echo"}, EMBEDDER]).test_client()
+    assert client.get("/readyz").json["models"] == {"unloaded": 3}
+    run(client)
+    assert client.get("/readyz").json["models"] == {"ready": 1, "unloaded": 2}
+    client.application.extensions["crane"].engine.unload("echo")
+    assert client.get("/readyz").json["models"] == {"unloaded": 3}
+
+
 def test_livez_and_readyz_need_no_model_library():
     look = (
         "import sys\n"

@@ -174,6 +174,7 @@ def test_nothing_of_a_key_but_its_id_is_logged(make_app, keys, capsys):
     ask(client, text[:-1] + "x")
     log = capsys.readouterr().err
     assert f'"key_id":"{key.id}"' in log
+    assert not [line for line in log.splitlines() if '"key_id"' in line and '"address"' in line]
     assert text.rpartition("_")[2][:-1] not in log
 
 

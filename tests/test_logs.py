@@ -50,6 +50,25 @@ def test_a_good_request_is_one_line_with_its_id_model_and_timings(lines, make_ap
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
 
 
+@pytest.mark.parametrize("sent", [{}, {"Authorization": "Bearer crane_wrong"}])
+def test_who_has_no_valid_key_is_known_by_the_address(lines, make_app, sent):
+    client = make_app().test_client()
+    lines()
+    client.post("/crane/run", json={"model_id": "echo", "input": 1}, headers=sent)
+    [line] = lines()
+    assert (line["address"], "key_id" in line) == ("127.0.0.1", False)
+
+
+def test_settings_by_which_one_caller_takes_all_are_warned_of(gunicorn):
+    server = gunicorn(CRANE_AUTH="off", CRANE_THREADS=8, CRANE_TIERS="free 9/minute concurrency=8")
+    warned = [line["message"] for line in server.log_lines(level="WARNING")]
+    assert warned == [
+        "CRANE_AUTH is off: whoever reaches this service may call it",
+        "One caller of the tier 'free' can take all 8 calls that an HTTP worker runs at once "
+        "(CRANE_THREADS). Lower the tier's concurrency in CRANE_TIERS.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "fields"),
     [

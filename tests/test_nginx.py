@@ -98,9 +98,10 @@ def test_calls_and_probes_pass_and_metrics_do_not(port, crane):
     status, headers, body = run(port, **{"X-Request-ID": "through-nginx"})
     assert (status, json.loads(body)["output"]) == (200, 1)
     assert headers["X-Request-ID"] == "through-nginx"
-    assert [ask(port, "GET", path)[0] for path in ("/livez", "/readyz")] == [200] * 2
-    status, _, body = ask(port, "GET", "/metrics")
-    assert (status, json.loads(body)["error"]["code"]) == (403, "REFUSED")
+    assert ask(port, "GET", "/livez")[0] == 200
+    for path in ("/metrics", "/readyz", "/health"):
+        status, _, body = ask(port, "GET", path)
+        assert (status, json.loads(body)["error"]["code"]) == (403, "REFUSED")
     assert ask(port, "GET", "/crane/run")[1]["Allow"] == "OPTIONS, POST"
 
 
