@@ -59,7 +59,8 @@ def hold(readers: Mapping[str, Reader]) -> None:
         known.log["key_id"] = caller.key_id
     if endpoint not in readers:
         return
-    parts.permits.take()
+    metered = parts.config.quota == "on"
+    parts.permits.take(caller.subject, caller.tier.concurrency if metered else parts.permits.count)
     known.has_permit = True
     known.charge = None
 
@@ -71,7 +72,7 @@ def hold(readers: Mapping[str, Reader]) -> None:
     # Of another server's body it is not known whether it has come.
     missing = getattr(asking.environ["wsgi.input"], "missing", 0)
     with parts.permits.body_of(caller.subject) if missing else nullcontext():
-        if parts.config.quota == "on":
+        if metered:
             lease = parts.meter.let_in(caller.subject, caller.tier, UNIT)
             known.charge = Charge(parts.meter, lease)
         size = _most_bytes(asking, parts.config.max_body)
@@ -113,7 +114,7 @@ def end(error: BaseException | None) -> None:
 
 def release_permit(parts: Crane, known: Any) -> None:
     if known.pop("has_permit", False):
-        parts.permits.release()
+        parts.permits.release(known.caller.subject)
         parts.bodies.release(known.caller.subject, known.get("held_bytes", 0))
 
 

@@ -25,6 +25,8 @@ LARGE_BODY = HEAD + b"Content-Length: 10000000\r\n\r\n{"
 INVITED = LARGE_BODY.replace(b"Content-Length", b"Expect: 100-continue\r\nContent-Length")[:-1]
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 UNREFUSED_CHUNKS = HEAD.replace(b"/crane/run", b"/nope") + b"Transfer-Encoding: chunked\r\n\r\n1"
+SMALL_BODY = b'{"model_id": "echo", "input": 1}'
+LAST_ECHO = HEAD + b"Connection: close\r\nContent-Length: 32\r\n\r\n" + SMALL_BODY
 OTHER = "127.0.0.2"  # an address that the tests' other requests do not come from
 QUICK = {"CRANE_HEAD_TIMEOUT": "400ms", "CRANE_CLIENT_TIMEOUT": "400ms", "CRANE_MIN_RATE": "1MB"}
 
@@ -154,6 +156,25 @@ def test_bodies_that_one_caller_sends_slowly_leave_permits_to_others(gunicorn, d
             wait_for(lambda: len(refused(others)) == 1)
     # And to its own, once they have left: one that is large, too.
     wait_for(lambda: server.run(input="x" * 1_000_000)[0] == 200)
+
+
+def test_streams_that_a_caller_does_not_read_leave_permits_to_others(gunicorn):
+    """Though they are settled, and so no calls at once of its tier any more."""
+    server = gunicorn(
+        CRANE_THREADS=32, CRANE_QUOTA="on", CRANE_TIERS="free 1000/minute concurrency=4"
+    )
+    body = json.dumps({"model_id": "echo", "input": ["x" * 500_000] * 12, "stream": True}).encode()
+    stream = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with ExitStack() as held:
+        for _ in range(12):  # one after another, so that each is settled before the next
+            client = held.enter_context(connect(server, stream))
+            assert client.recv(20).startswith(b"HTTP/1.1 200")
+            wait_for(lambda: server.get("/crane/quota")[1]["concurrency"]["running"] == 0)
+        status, answer = server.run()
+        assert (status, answer["error"]["code"]) == (429, "CONCURRENCY_LIMIT_EXCEEDED")
+        other = held.enter_context(connect(server, LAST_ECHO, OTHER))
+        assert status_of(other) == 200
+    wait_for(lambda: server.run()[0] == 200)
 
 
 def test_behind_trusted_proxies_callers_are_told_apart_by_what_those_say(gunicorn):

@@ -75,6 +75,87 @@ def test_threads_have_their_turns_in_the_order_in_which_they_came(threads):
     assert order == list(range(6))
 
 
+def in_line(own, threads, who, order, done):
+    """Have a thread wait for its turn that works for callers."""
+
+    def compute():
+        with own.hold(callers=lambda: who):
+            order.append("".join(who))
+
+    count = len(own._line)
+    done.append(threads.submit(compute))
+    waiting(own, count + 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "line", "order"),
+    [
+        pytest.param("a", ["a", "a", "b", "c"], ["b", "c", "a", "a"], id="others first"),
+        pytest.param("a", ["ab", "b", "a"], ["ab", "b", "a"], id="who shares a run with others"),
+        pytest.param("", ["a", "", "b"], ["a", "", "b"], id="nobody knows for whom"),
+    ],
+)
+def test_callers_have_their_turns_one_after_another(threads, first, line, order):
+    own, seen, done = Turns(), [], []
+    with own.hold(callers=lambda: first):
+        for who in line:
+            in_line(own, threads, who, seen, done)
+    for one in done:
+        one.result(LONG_S)
+    assert seen == order
+
+
+def test_new_callers_keep_nobody_waiting(threads):
+    own, seen, done = Turns(), [], []
+    with own.hold(callers=lambda: "a"):
+        in_line(own, threads, "a", seen, done)
+        for new in "bcd":  # each of whom has another behind it before its turn ends
+
+            def compute(new=new):
+                with own.hold(callers=lambda: new):
+                    seen.append(new)
+                    in_line(own, threads, new.upper(), seen, done)
+
+            done.append(threads.submit(compute))
+            waiting(own, len(done))
+    wait_for(lambda: len(done) == 7)
+    for one in done:
+        one.result(LONG_S)
+    assert seen.index("a") == 3
+
+
+@pytest.mark.usefixtures("patient")
+def test_one_callers_many_models_leave_another_the_next_turn(make_app, add_task, threads):
+    begun, go, order = threading.Event(), threading.Event(), []
+
+    class Computes(Echo):
+        takes_turns = True
+
+        def predict(self, batch):
+            order.append(self.spec.id)
+            if self.spec.id == "m0":
+                begun.set()
+                assert go.wait(LONG_S)
+            return super().predict(batch)
+
+    app = make_app([add_task(f"m{number}", Computes) for number in range(4)], auth="off")
+
+    def call(model_id, address):
+        client = app.test_client()
+        caller = {"REMOTE_ADDR": address}
+        body = {"model_id": model_id, "input": 1}
+        return client.post("/crane/run", json=body, environ_overrides=caller).status_code
+
+    done = [threads.submit(call, "m0", "192.0.2.1")]
+    assert begun.wait(LONG_S)
+    for number, address in enumerate(["192.0.2.1", "192.0.2.1", "192.0.2.2"], 1):
+        done.append(threads.submit(call, f"m{number}", address))
+        waiting(turns._turns, number)
+    go.set()
+    assert [one.result(LONG_S) for one in done] == [200] * 4
+    assert order == ["m0", "m3", "m1", "m2"]
+
+
 @pytest.mark.usefixtures("patient")
 def test_who_offers_its_turn_has_it_again_after_those_who_waited(threads):
     own, order = Turns(), []

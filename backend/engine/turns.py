@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,16 +39,27 @@ CHECK_S = 0.5  # between looks whether a turn is overdue
 SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5
 
 
-class _Waiter:
-    __slots__ = ("called", "thread")
+MAX_CALLERS = 4096  # whose last turns are known; the one that is longest ago is forgotten
 
-    def __init__(self, thread: threading.Thread) -> None:
+# Whose inputs a thread has; asked for as a turn is handed over.
+Callers = Callable[[], Iterable[str]]
+
+
+class _Waiter:
+    __slots__ = ("called", "callers", "joined", "thread")
+
+    def __init__(self, thread: threading.Thread, callers: Callers, joined: int) -> None:
         self.thread = thread
+        self.callers = callers
+        self.joined = joined  # how many turns there had been
         self.called = threading.Event()
 
 
 class Turns:
-    """One turn, handed from thread to thread in the order in which they asked for it."""
+    """One turn, handed from thread to thread: caller after caller, and else in order.
+
+    So one caller's work on many models leaves others a turn after each of its own.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # so that one thread at most has the turn
@@ -58,21 +69,26 @@ class Turns:
         self._since = 0.0
         self._handed_over_at = float("-inf")
         self._overdue: set[threading.Thread] = set()  # that compute though their turn was taken
+        self._callers: dict[threading.Thread, Callers] = {}
+        self._count = 0  # of turns so far
+        self._had: dict[str, int] = {}  # which was a caller's last one
 
     @contextmanager
-    def hold(self, device: str = "cpu") -> Iterator[None]:
+    def hold(self, device: str = "cpu", callers: Callers = tuple) -> Iterator[None]:
         """Compute in here: wait for the turn, and hand it over in the end. Holds may be nested.
 
-        On a ``device`` that is no CPU it does nothing.
+        ``callers`` says whose inputs wait for it. On a ``device`` that is no CPU it does nothing.
         """
         me = threading.current_thread()
         if device != "cpu" or self._holder is me or me in self._overdue:
             yield
             return
+        self._callers[me] = callers
         self._wait(self._join(me))
         try:
             yield
         finally:
+            del self._callers[me]
             if self._line or time.monotonic() - self._handed_over_at < CROWDED_S:
                 end_team()
             with self._lock:
@@ -107,8 +123,8 @@ class Turns:
             return any(waiter.thread is thread for waiter in self._line)
 
     def _join(self, thread: threading.Thread) -> _Waiter:
-        waiter = _Waiter(thread)
         with self._lock:
+            waiter = _Waiter(thread, self._callers[thread], self._count)
             self._line.append(waiter)
             if self._holder is None:
                 self._hand_over()
@@ -121,22 +137,38 @@ class Turns:
                 late = time.monotonic() - self._since >= OVERDUE_S
                 if waiter.called.is_set():
                     return
-                if late and self._line[0] is waiter and self._holder is not None:
+                if late and self._holder is not None:
                     self._overdue.add(self._holder)
                     self._hand_over()
 
     def _hand_over(self) -> None:
-        """Give the turn to the first in line; the caller holds the lock."""
+        """Give the turn to who is next; the caller holds the lock."""
         self._holder = None
         if not self._line:
             return
-        waiter = self._line.popleft()
+        waiter = min(self._line, key=self._last_turn)
+        self._line.remove(waiter)
+        self._count += 1
+        for caller in waiter.callers():
+            self._had.pop(caller, None)
+            self._had[caller] = self._count
+            if len(self._had) > MAX_CALLERS:
+                del self._had[next(iter(self._had))]
         self._holder, self._since = waiter.thread, time.monotonic()
         if self._last is not self._holder:
             if self._last is not None:
                 self._handed_over_at = self._since
             self._last = self._holder
         waiter.called.set()
+
+    def _last_turn(self, waiter: _Waiter) -> int:
+        """The last turn of those callers of a waiter who have not had one for longest.
+
+        Who never had one comes before those who have had the present one, and no sooner: many new
+        callers must not keep the others waiting.
+        """
+        fresh = waiter.joined - 1
+        return min((self._had.get(caller, fresh) for caller in waiter.callers()), default=fresh)
 
 
 def end_team() -> None:

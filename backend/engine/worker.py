@@ -629,10 +629,15 @@ class Worker:
         """Answer what is queued, and what comes meanwhile; on a CPU in turns with other models."""
         # What comes while others compute is in the first batch too.
         adapter = self._adapter
-        with turns.hold(adapter.device) if adapter.takes_turns else nullcontext():
+        turn = turns.hold(adapter.device, self._callers) if adapter.takes_turns else nullcontext()
+        with turn:
             while batch := self._take_batch():
                 self._answer(batch)
                 turns.offer()
+
+    def _callers(self) -> list[str]:
+        """Whose inputs wait, or run."""
+        return [*self._queue.callers, *(item.caller for item in self._running)]
 
     def _take_batch(self) -> list[Item]:
         """Take all that may run together; empty where nothing is queued, or may be run."""
