@@ -60,7 +60,7 @@ def vits_of_phonemes(folder: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"phonemize": True}))
 
 
-def speecht5(folder: Path) -> None:
+def speecht5(folder: Path, *, stop_bias: float = -2.5, **more) -> None:
     """With its vocoder in ``vocoder`` and two speakers in ``speakers``."""
     import torch
     from transformers import (
@@ -72,7 +72,8 @@ def speecht5(folder: Path) -> None:
     )
 
     with tempfile.TemporaryDirectory() as there:
-        tokenizer = SpeechT5Tokenizer(_pieces(Path(there)), model_max_length=60)
+        window = more.get("max_text_positions", 60)
+        tokenizer = SpeechT5Tokenizer(_pieces(Path(there)), model_max_length=window)
         tokenizer.save_pretrained(folder)
     config = SpeechT5Config(
         vocab_size=len(tokenizer),
@@ -87,19 +88,19 @@ def speecht5(folder: Path) -> None:
         speech_decoder_prenet_units=16,
         speaker_embedding_dim=4,
         speech_decoder_postnet_units=8,
-        max_text_positions=60,
         initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.eos_token_id,
+        **{"max_text_positions": window, **more},
     )
     vocoder = SpeechT5HifiGanConfig(
         model_in_dim=8, **_WAVES, upsample_rates=(4, 4), upsample_kernel_sizes=(8, 8)
     )
     with _seeded():
         model, waves = SpeechT5ForTextToSpeech(config), SpeechT5HifiGan(vocoder)
-        torch.nn.init.constant_(model.speech_decoder_postnet.prob_out.bias, -2.5)
+        torch.nn.init.constant_(model.speech_decoder_postnet.prob_out.bias, stop_bias)
         _speak_up(waves)
     model.save_pretrained(folder)
     waves.save_pretrained(folder / "vocoder")
@@ -107,6 +108,11 @@ def speecht5(folder: Path) -> None:
     for place, name in enumerate(("anna", "bert")):
         vector = np.random.default_rng(place).normal(size=(1, 4)).astype(np.float32)
         np.save(folder / "speakers" / f"{name}.npy", vector)
+
+
+def speecht5_without_end(folder: Path) -> None:
+    """Speaks until it has no positions left: 1,600 frames."""
+    speecht5(folder, stop_bias=-1e3, max_text_positions=200, max_speech_positions=800)
 
 
 def bark(folder: Path) -> None:
@@ -250,6 +256,7 @@ BUILDERS = {
         vits_of_two_speakers,
         vits_of_phonemes,
         speecht5,
+        speecht5_without_end,
         bark,
         musicgen,
         musicgen_stereo,

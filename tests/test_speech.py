@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 def entry(checkpoint, kind, **more):
     type_ = "text-to-audio" if "musicgen" in kind else "text-to-speech"
     folder = checkpoint(kind)
-    if kind == "speecht5":
+    if kind.startswith("speecht5"):
         more.setdefault("load", {"vocoder": f"{folder}/vocoder", "speakers": f"{folder}/speakers"})
     return {"id": kind, "type": type_, "hf_model": folder, **more}
 
@@ -62,6 +62,7 @@ def direct(checkpoint):
         folder = checkpoint(kind)
         class_name = {
             "speecht5": "SpeechT5ForTextToSpeech",
+            "speecht5_without_end": "SpeechT5ForTextToSpeech",
             "bark": "BarkModel",
         }.get(kind)
         if class_name is None:
@@ -70,7 +71,7 @@ def direct(checkpoint):
         model = getattr(hf, class_name).from_pretrained(folder).to(device)
         read = hf.BarkProcessor if kind == "bark" else hf.AutoTokenizer
         vocoder = None
-        if kind == "speecht5":
+        if kind.startswith("speecht5"):
             vocoder = hf.SpeechT5HifiGan.from_pretrained(f"{folder}/vocoder").to(device)
         return model, read.from_pretrained(folder), vocoder
 
@@ -83,7 +84,7 @@ def direct(checkpoint):
         else:
             inputs = read(text, return_tensors="pt")
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        if kind == "speecht5":
+        if kind.startswith("speecht5"):
             vector = np.load(f"{checkpoint(kind)}/speakers/{speaker}.npy")
             how |= {"speaker_embeddings": torch.from_numpy(vector).to(device), "vocoder": vocoder}
         with torch.random.fork_rng(), torch.no_grad():
@@ -204,14 +205,52 @@ def test_a_batch_is_what_each_of_it_is_alone(make_app, checkpoint, direct, kind)
     )
 
 
-def test_speech_that_is_made_in_windows_is_what_it_is_at_once(make_app, checkpoint, direct):
-    text = " ".join(TEXTS)
-    expected = direct("vits", text, seed=5)
-    assert len(expected) / 32 > 3 * WINDOW  # frames
-    answer = run(
-        make_app([entry(checkpoint, "vits")]).test_client(), "vits", text, options={"seed": 5}
-    )
+@pytest.fixture
+def frames_at_once(monkeypatch):
+    """How many frames, of how many inputs, HiFi-GANs and EnCodec's decoders were given at once."""
+    import transformers.models.encodec.modeling_encodec as encodec
+    import transformers.models.speecht5.modeling_speecht5 as speecht5
+    import transformers.models.vits.modeling_vits as vits
+
+    seen = []
+    for decoder, dim in (
+        (vits.VitsHifiGan, -1),
+        (speecht5.SpeechT5HifiGan, -2),
+        (encodec.EncodecDecoder, -1),
+    ):
+
+        def counting(self, frames, *more, real=decoder.forward, dim=dim):
+            seen.append((len(frames) if frames.ndim == 3 else 1, frames.shape[dim]))
+            return real(self, frames, *more)
+
+        monkeypatch.setattr(decoder, "forward", counting)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["vits", "speecht5_without_end"])
+def test_speech_that_is_made_in_windows_is_what_it_is_at_once(
+    make_app, checkpoint, direct, frames_at_once, kind
+):
+    text = " ".join(TEXTS if kind == "vits" else TEXTS * 2)
+    how = {} if kind == "vits" else {"maxlenratio": 1600 / (len(text) + 2)}
+    expected = direct(kind, text, seed=5, **how)
+    [(_, frames)] = frames_at_once
+    assert frames > 3 * WINDOW
+    frames_at_once.clear()
+    answer = run(make_app([entry(checkpoint, kind)]).test_client(), kind, text, options={"seed": 5})
+    assert answer.status_code == 200, answer.json
     alike(answer.json["output"], expected)
+    assert len(frames_at_once) == -(-frames // WINDOW)
+    assert max(frames for _, frames in frames_at_once) < WINDOW + 100
+
+
+@pytest.mark.parametrize("kind", ["musicgen", "musicgen_stereo"])
+def test_music_of_a_batch_is_decoded_one_by_one(make_app, checkpoint, frames_at_once, kind):
+    client = make_app([entry(checkpoint, kind)]).test_client()
+    answer = run(client, kind, TEXTS[:3], options={"duration": 0.3})
+    assert answer.status_code == 200, answer.json
+    assert len(frames_at_once) == (6 if kind == "musicgen_stereo" else 3)
+    assert {inputs for inputs, _ in frames_at_once} == {1}
 
 
 def test_speech_that_gets_too_long_is_refused_before_it_is_made(make_app, checkpoint):
@@ -486,4 +525,29 @@ def test_a_run_that_nobody_waits_for_ends_within_a_step(make_app, checkpoint, ki
     [result] = adapter.predict(batch)
     assert isinstance(result, DeadlineExceeded)
     assert len(asked) == 5
+    adapter.unload()
+
+
+@pytest.mark.parametrize("kind", ["vits", "speecht5_without_end"])
+def test_speech_that_nobody_waits_for_ends_within_a_window(
+    make_app, checkpoint, frames_at_once, kind
+):
+    from backend.adapters.base import Batch
+    from backend.adapters.speech import Speaker
+    from backend.errors import DeadlineExceeded
+
+    app = make_app([entry(checkpoint, kind)])
+    spec = app.extensions["crane"].registry.get(kind)
+    adapter = Speaker(spec, device="cpu", dtype="float32")
+    adapter.load()
+    batch = Batch(
+        inputs=[" ".join(TEXTS * 2)],
+        options=spec.options_schema.load({}),
+        seeds=[1],
+        cancelled=lambda _: len(frames_at_once) == 2,
+        progress=lambda *_: None,
+    )
+    [result] = adapter.predict(batch)
+    assert isinstance(result, DeadlineExceeded)
+    assert len(frames_at_once) == 2
     adapter.unload()

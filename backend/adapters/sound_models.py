@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +17,7 @@ import numpy as np
 
 from backend.adapters.long_texts import readable
 from backend.adapters.transformers_base import MAX_TOKENS
-from backend.adapters.vocoder import decode_in_windows
+from backend.adapters.vocoder import decode_in_windows, decode_one_by_one
 from backend.errors import InvalidRequest, ModelUnavailable
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Prompt:
 
 
 class SoundModel(ABC):
-    """One loaded model."""
+    """One loaded model. ``check`` raises once no caller waits for its run."""
 
     class_name: ClassVar[str]
     takes: ClassVar[frozenset[str]] = frozenset()  # options that not every kind has
@@ -47,10 +48,11 @@ class SoundModel(ABC):
         dtype: torch.dtype,
         device: str,
         kwargs: dict[str, Any],
+        check: Callable[[], None],
     ) -> None:
         import transformers
 
-        self.device = device
+        self.device, self.check = device, check
         self.voices: list[str] = []
         trust = {k: v for k, v in kwargs.items() if k == "trust_remote_code"}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **revision, **trust)
@@ -125,7 +127,7 @@ class Vits(SoundModel):
         self.window = min(self.window or self.most_tokens, self.most_tokens)
         self._speaking_rate = 1.0
         self.model.duration_predictor.register_forward_hook(self._check_duration)
-        decode_in_windows(self.model.decoder)
+        decode_in_windows(self.model.decoder, self.check)
         if self.config.num_speakers > 1:
             self.voices = [str(speaker) for speaker in range(self.config.num_speakers)]
         for flag, package in (("phonemize", "phonemizer"), ("is_uroman", "uroman")):
@@ -182,6 +184,7 @@ class SpeechT5(SoundModel):
         self._speakers = kwargs.pop("speakers", None)
         loaded = transformers.SpeechT5HifiGan.from_pretrained(vocoder, dtype=dtype)
         self._vocoder = loaded.to(self.device).eval()
+        decode_in_windows(self._vocoder, self.check, frames_dim=-2)
         return kwargs
 
     def settle(self, weights: str, revision: dict[str, Any]) -> None:
@@ -214,10 +217,13 @@ class SpeechT5(SoundModel):
     def make(self, prompts: list[Prompt], options: dict[str, Any]) -> list[np.ndarray]:
         [prompt] = prompts
         ids = self.tensor(prompt.ids)
+        # By itself it ends after 20 frames a token, for which it may not have the positions.
+        max_frames = self.config.max_speech_positions * self.config.reduction_factor
         sound = self.model.generate(
             ids,
             attention_mask=ids.new_ones(ids.shape),
             speaker_embeddings=self._vectors[options["voice"] or next(iter(self._vectors))],
+            maxlenratio=min(20.0, max_frames / len(prompt.ids)),
             vocoder=self._vocoder,
         )
         return [wave(sound)]
@@ -291,6 +297,7 @@ class MusicGen(SoundModel):
 
     def settle(self, weights: str, revision: dict[str, Any]) -> None:
         codec, decoder = self.config.audio_encoder, self.config.decoder
+        decode_one_by_one(self.model.audio_encoder.decoder, self.check)
         self.rate = codec.sampling_rate
         self._per_second: int = codec.frame_rate
         books = decoder.num_codebooks // decoder.audio_channels

@@ -75,7 +75,9 @@ class SoundMaker(Adapter):
                 f"Its checkpoint is of the kind {config.model_type}, and {self.spec.type} takes "
                 f"{', '.join(self.kinds)}."
             )
-        self.model = kind(weights, revision, dtype, self.device, dict(self._load_kwargs))
+        self.model = kind(
+            weights, revision, dtype, self.device, dict(self._load_kwargs), self._check_callers
+        )
         self.window = self.model.window
         self.dtype = str(dtype).removeprefix("torch.")
 
@@ -117,6 +119,10 @@ class SoundMaker(Adapter):
                 batch.progress(start + 1, len(places))
         return [results.get(place) or too_late() for place in range(len(batch))]
 
+    def _check_callers(self) -> None:
+        if all(self._cancelled(place) for place in self._run):
+            raise too_late()
+
     def _check(self, options: dict[str, Any]) -> None:
         """Refuse what this model cannot be asked; raises ``InvalidRequest``."""
         model = self.model
@@ -150,12 +156,12 @@ class SoundMaker(Adapter):
         import torch
 
         steps = 0
+        self._run, self._cancelled = run, batch.cancelled
 
         def step() -> None:
             nonlocal steps
             steps += 1
-            if all(batch.cancelled(place) for place in run):
-                raise too_late()
+            self._check_callers()
             if self.model.batches:
                 total = self.model.steps(batch.options)
                 batch.progress(min(steps, total), total)

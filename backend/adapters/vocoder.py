@@ -1,8 +1,9 @@
-"""Waves that a vocoder makes of spectrograms window by window: at once, each sample takes 2 kB."""
+"""Audio decoders that work part by part: at once, each sample takes up to 2 kB."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,8 +12,11 @@ if TYPE_CHECKING:
 WINDOW = 512  # frames; eight seconds of MMS
 
 
-def decode_in_windows(decoder: Any) -> None:
-    """Have VITS's decoder make a long wave in windows; it is the same, but for rounding."""
+def decode_in_windows(decoder: Any, check: Callable[[], None], *, frames_dim: int = -1) -> None:
+    """Have a HiFi-GAN make long audio in windows; it is the same, but for rounding.
+
+    ``check`` is called before each window, and may raise. ``frames_dim`` is that of its input.
+    """
     import torch
 
     config = decoder.config
@@ -22,13 +26,36 @@ def decode_in_windows(decoder: Any) -> None:
     whole, margin, hop = decoder.forward, reach(config), math.prod(config.upsample_rates)
 
     def forward(spectrogram: torch.Tensor, *conditioning: Any) -> torch.Tensor:
-        """A wave, (batch, 1, samples), of a spectrogram, (batch, bins, frames)."""
-        frames, waves = spectrogram.shape[-1], []
+        """Audio, (..., samples), of a spectrogram."""
+        frames, windows = spectrogram.shape[frames_dim], []
         for start in range(0, frames, WINDOW):
-            begin, end = max(0, start - margin), min(start + WINDOW, frames)
-            wave = whole(spectrogram[..., begin : end + margin], *conditioning)
-            waves.append(wave[..., (start - begin) * hop : (end - begin) * hop])
-        return torch.cat(waves, dim=-1)
+            check()
+            end = min(start + WINDOW, frames)
+            first, last = max(0, start - margin), min(end + margin, frames)
+            part = spectrogram.narrow(frames_dim, first, last - first)
+            audio = whole(part, *conditioning)
+            windows.append(audio[..., (start - first) * hop : (end - first) * hop])
+        return torch.cat(windows, dim=-1)
+
+    decoder.forward = forward
+
+
+def decode_one_by_one(decoder: Any, check: Callable[[], None]) -> None:
+    """Have a codec's decoder make the audio of a batch one by one.
+
+    ``check`` is called before each, and may raise.
+    """
+    import torch
+
+    whole = decoder.forward
+
+    def forward(embeddings: torch.Tensor) -> torch.Tensor:
+        """Audio, (batch, channels, samples), of embeddings, (batch, width, frames)."""
+        outputs = []
+        for embedding in embeddings.split(1):
+            check()
+            outputs.append(whole(embedding))
+        return torch.cat(outputs)
 
     decoder.forward = forward
 
