@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 from itertools import cycle, islice
 
 import av
@@ -355,6 +357,36 @@ def test_texts_are_played_together_by_musicgen_alone(make_app, checkpoint, monke
     assert counts == [3]
     assert run(client, "vits", TEXTS[:3]).status_code == 200
     assert counts == [3, 1, 1, 1]
+
+
+def test_music_runs_in_parts_where_its_kv_cache_would_be_too_large(
+    make_app, checkpoint, direct, monkeypatch
+):
+    counts = []
+    make = MusicGen.make
+
+    def counting(self, prompts, options):
+        counts.append(len(prompts))
+        return make(self, prompts, options)
+
+    monkeypatch.setattr(MusicGen, "make", counting)
+    steps = 26  # of 0.3 s: 23 frames, and 3 for the delay of the codebooks
+    each = 2 * steps * 2 * 16 * 4  # guided; keys and values; the width; float32
+    monkeypatch.setattr(MusicGen, "max_cache", 3 * each - 1)
+    app = make_app([entry(checkpoint, "musicgen")])
+    body = {"model_id": "musicgen", "input": TEXTS[:5], "stream": True}
+    body["options"] = {"seed": 40, "duration": 0.3}
+    events = app.test_client().post("/crane/run", json=body).text
+    progress = [json.loads(data) for data in re.findall("event: progress\ndata: (.*)", events)]
+    assert counts == [2, 2, 1]
+    assert progress
+    done = [event["step"] for event in progress if event["index"] == 4]
+    assert done == sorted(done)
+    assert {event["steps"] for event in progress} == {3 * steps}
+    answer = run(app.test_client(), "musicgen", TEXTS[:5], options=body["options"])
+    for index, output in enumerate(answer.json["output"]):
+        expected = direct("musicgen", TEXTS[index], seed=40 + index, max_new_tokens=steps)
+        alike(output, expected[: round(0.3 * 24_000)])
 
 
 def test_a_duration_is_kept_to_the_sample(make_app, checkpoint):

@@ -89,6 +89,10 @@ class SoundModel(ABC):
         """How many tokens a run has, of a model that batches."""
         return 0
 
+    def max_inputs(self, options: dict[str, Any]) -> int | None:
+        """How many inputs run at once, at most; None where nothing bounds them."""
+        return None if self.batches else 1
+
     def prompt(self, text: str, options: dict[str, Any]) -> Prompt:
         text = readable(text, self.window, self.tokenizer)
         ids = self.encode(text)
@@ -294,6 +298,8 @@ class MusicGen(SoundModel):
     class_name = "MusicgenForConditionalGeneration"
     takes = frozenset(("duration", "guidance_scale", "temperature", "top_k"))
     batches = True
+    # Bytes of a run's KV cache. Only on a CPU: a GPU that has no memory left runs fewer at once.
+    max_cache = 2**32
 
     def settle(self, weights: str, revision: dict[str, Any]) -> None:
         codec, decoder = self.config.audio_encoder, self.config.decoder
@@ -322,6 +328,16 @@ class MusicGen(SoundModel):
             return int(own.max_new_tokens or own.max_length)
         seconds: float = options["duration"]
         return math.ceil(seconds * self._per_second) + self._delay
+
+    def max_inputs(self, options: dict[str, Any]) -> int | None:
+        if self.device != "cpu":
+            return None
+        decoder = self.config.decoder
+        position: int = (
+            2 * decoder.num_hidden_layers * decoder.hidden_size * self.model.dtype.itemsize
+        )
+        guided = 2  # one with the prompt, and one without
+        return max(1, self.max_cache // (guided * self.steps(options) * position))
 
     def make(self, prompts: list[Prompt], options: dict[str, Any]) -> list[np.ndarray]:
         padded = self.tokenizer.pad(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,11 +105,12 @@ class SoundMaker(Adapter):
             except InvalidRequest as error:
                 results[place] = error
         places = list(prompts)
-        most = len(places) if self.model.batches else 1
-        for start in range(0, len(places), most or 1):
-            run = places[start : start + most]
+        max_inputs = self.model.max_inputs(batch.options) or max(1, len(places))
+        runs = math.ceil(len(places) / max_inputs)
+        for start in range(0, len(places), max_inputs):
+            run = places[start : start + max_inputs]
             try:
-                with self._drawing(run, batch):
+                with self._drawing(run, batch, start // max_inputs, runs):
                     made = self.model.make([prompts[place] for place in run], batch.options)
             except (DeadlineExceeded, InvalidRequest) as error:
                 results |= dict.fromkeys(run, error)
@@ -151,7 +153,7 @@ class SoundMaker(Adapter):
         return prompt
 
     @contextmanager
-    def _drawing(self, run: list[int], batch: Batch) -> Iterator[None]:
+    def _drawing(self, run: list[int], batch: Batch, runs_done: int, runs: int) -> Iterator[None]:
         """Draws from the inputs' own seeds, and an end once nobody waits for any of them."""
         import torch
 
@@ -164,7 +166,7 @@ class SoundMaker(Adapter):
             self._check_callers()
             if self.model.batches:
                 total = self.model.steps(batch.options)
-                batch.progress(min(steps, total), total)
+                batch.progress(runs_done * total + min(steps, total), runs * total)
 
         seeds = [batch.seeds[place] or 0 for place in run]
         with torch.inference_mode(), own_draws(seeds, self.device, step):
