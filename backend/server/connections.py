@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,7 +68,7 @@ class Connection:
         self, cfg: Any, sock: ClientSocket, client: Any, server: Any, limits: Limits
     ) -> None:
         self.cfg, self.sock, self.client, self.server = cfg, sock, client, server
-        self.address = network_of(client)
+        self.address = sock.address
         self.request: Request | None = None
         self.keep = True  # after the response
         self.surplus = False  # it came when there were too many, and all others were at work
@@ -195,8 +194,6 @@ class Waiting:
 
     def __init__(self) -> None:
         self._by_address: dict[str, dict[Connection, None]] = {}  # in order of their coming
-        self._unsent: Counter[str] = Counter()  # bytes, by address
-        self._held: dict[Connection, int] = {}  # bytes of a response that its client has not taken
 
     def __iter__(self) -> Iterator[Connection]:
         for connections in list(self._by_address.values()):
@@ -210,31 +207,18 @@ class Waiting:
 
     def add(self, connection: Connection) -> None:
         self._by_address.setdefault(connection.address, {})[connection] = None
-        if connection.state is State.UNSENT:
-            held = self._held[connection] = connection.sock.held
-            self._unsent[connection.address] += held
 
     def remove(self, connection: Connection) -> None:
         of_address = self._by_address[connection.address]
         del of_address[connection]
         if not of_address:
             del self._by_address[connection.address]
-        self._unsent[connection.address] -= self._held.pop(connection, 0)
-        if not self._unsent[connection.address]:
-            del self._unsent[connection.address]
 
     def oldest(self, address: str | None = None) -> Connection | None:
         """Who waits longest of an address, or of the one that has most; None if nobody does."""
         if address is None:
             address = max(self._by_address, key=lambda one: len(self._by_address[one]), default="")
         return next(iter(self._by_address.get(address, ())), None)
-
-    def oldest_unsent(self, max_bytes: int) -> Connection | None:
-        """Whose response to drop where all hold more than ``max_bytes``; never the only one."""
-        if len(self._held) < 2 or self._unsent.total() <= max_bytes:
-            return None
-        [(address, _)] = self._unsent.most_common(1)
-        return next(one for one in self._held if one.address == address)
 
 
 @lru_cache(4096)

@@ -1,4 +1,4 @@
-"""A client's socket that nobody has to wait for, and how fast a client must be."""
+"""A client's socket that nobody has to wait for, and what all clients may leave unread."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import resource
 import select
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 from backend.channel import send_from
@@ -41,13 +44,23 @@ class ClientSocket(socket.socket):
     Only a stream, whose end is not known, waits for its client, once ``MAX_KEPT`` bytes are kept.
     """
 
-    def __init__(self, accepted: socket.socket, pace: Pace) -> None:
+    def __init__(
+        self,
+        accepted: socket.socket,
+        pace: Pace,
+        address: str = "",
+        all_unsent: Unsent | None = None,
+    ) -> None:
+        """``address`` is whose connections are counted together in ``all_unsent``."""
         family, kind, proto = accepted.family, accepted.type, accepted.proto
         super().__init__(family, kind, proto, accepted.detach())
         self.setblocking(False)
         if family != socket.AF_UNIX and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             # Else a reader whose megabytes the kernel keeps seems to take nothing for minutes.
             self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
+        self.address = address
+        self._all_unsent = all_unsent
+        self.is_dropped = False  # and so at its end, soon
         self._pace = pace
         self._unsent: deque[memoryview] = deque()
         self._waited_s = 0.0
@@ -72,8 +85,11 @@ class ClientSocket(socket.socket):
 
     @property
     def held(self) -> int:
-        """Bytes in memory: a response stays there whole until its last byte is sent."""
-        return sum(memoryview(view.obj).nbytes for view in self._unsent)
+        """Bytes in memory: what was sent at once stays there whole until its last byte is taken."""
+        if not self._unsent:
+            return 0
+        first = self._unsent[0]
+        return self.unsent + memoryview(first.obj).nbytes - first.nbytes
 
     def hold_head(self) -> None:
         """Keep what is sent next, a response's head, until the first part of its body.
@@ -117,6 +133,7 @@ class ClientSocket(socket.socket):
                 sent = 0
             if sent < len(data):
                 self._keep(data, sent)
+                self._count()
         if full:
             self._wait()
 
@@ -125,16 +142,24 @@ class ClientSocket(socket.socket):
         if self.kept_for_s > 0:
             return False
         self._kept_until = 0.0
-        while self._unsent:
-            try:
+        with suppress(BlockingIOError):
+            while self._unsent:
                 self.unsent -= send_from(self, self._unsent)
-            except BlockingIOError:
-                return False
-        return True
+        self._count()
+        return not self._unsent
+
+    def close(self) -> None:
+        if self._all_unsent is not None:
+            self._all_unsent.count(self, 0)
+        super().close()
 
     def _keep(self, data: Any, sent: int) -> None:
         self._unsent.append(memoryview(data)[sent:])
         self.unsent += len(data) - sent
+
+    def _count(self) -> None:
+        if self._all_unsent is not None:
+            self._all_unsent.count(self, self.held)
 
     def _wait(self) -> None:
         """Wait until no more than ``MAX_KEPT`` bytes are kept. Raises ``TimeoutError``."""
@@ -149,6 +174,48 @@ class ClientSocket(socket.socket):
             self.flush()
             self._waited_s += time.monotonic() - began
             self._taken += before - self.unsent
+
+
+class Unsent:
+    """What a worker holds of responses that clients have not taken, in its threads or parked.
+
+    Above ``max_bytes`` a connection is shut down, so that whoever waits for it sees its end: of the
+    address that holds most the one that does, the oldest of equals. Never the only one.
+    """
+
+    def __init__(self, max_bytes: int, count_dropped: Callable[[], None]) -> None:
+        self._max_bytes = max_bytes
+        self._count_dropped = count_dropped
+        self._held: dict[ClientSocket, int] = {}  # bytes, in the order of their coming
+        self._total = 0
+        # While a socket is in ``_held`` it is not closed, nor its number another's.
+        self._lock = Lock()
+
+    def count(self, sock: ClientSocket, size: int) -> None:
+        """Note that so many bytes are held for a client now; none before its socket is closed."""
+        if not size and sock not in self._held:  # which no other thread puts there
+            return
+        with self._lock:
+            if sock.is_dropped:
+                return
+            self._total += size - self._held.get(sock, 0)
+            if size:
+                self._held[sock] = size
+            else:
+                self._held.pop(sock, None)
+            while self._total > self._max_bytes and len(self._held) > 1:
+                self._drop_one()
+
+    def _drop_one(self) -> None:
+        by_address: Counter[str] = Counter()
+        for sock, size in self._held.items():
+            by_address[sock.address] += size
+        most = max(self._held, key=lambda sock: (by_address[sock.address], self._held[sock]))
+        most.is_dropped = True
+        with suppress(OSError):  # its client has gone
+            most.shutdown(socket.SHUT_RDWR)
+        self._total -= self._held.pop(most)
+        self._count_dropped()
 
 
 def max_files() -> int:

@@ -23,9 +23,9 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from backend.config import Config
 from backend.errors import CraneError, Overloaded
-from backend.server.connections import Connection, Limits, State, Waiting
+from backend.server.connections import Connection, Limits, State, Waiting, network_of
 from backend.server.requests import cut_short, too_slow
-from backend.server.sockets import ClientSocket, max_files
+from backend.server.sockets import ClientSocket, Unsent, max_files
 
 KEPT_MS = 20  # a client that calls again and again does so sooner
 ACCEPT_DELAY_S = 0.00002  # for each connection that a worker has
@@ -57,7 +57,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         # Each thread may have as many files again: of the engines, of media.
         files = max_files() - RESERVED_FILES - 2 * self.cfg.threads
         self.max_connections = max(self.cfg.threads, min(self.worker_connections, files))
-        self.max_unsent = config.max_unsent
+        self.unsent = Unsent(config.max_unsent, partial(_count_dropped, CROWDED))
         self.waiting = Waiting()
         self.per_address: dict[str, int] = {}
         self.probes = ThreadPoolExecutor(1, "probe")
@@ -121,7 +121,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             elif error.errno in FULL:
                 time.sleep(MAX_ACCEPT_DELAY_S)  # nothing to close: a thread's end will help
             return False
-        sock = ClientSocket(accepted, self.limits.pace)
+        sock = ClientSocket(accepted, self.limits.pace, network_of(client), self.unsent)
         connection = Connection(self.cfg, sock, client, listener.getsockname(), self.limits)
         address = connection.address
         self.nr_conns += 1
@@ -169,11 +169,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._close(connection)
 
     def _discard(self, connection: Connection) -> None:
-        try:
+        with suppress(OSError):
             if connection.discard():
                 return
-        except OSError:
-            pass
         self._close(connection)
 
     def _park(self, connection: Connection) -> None:
@@ -229,8 +227,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._park(connection)
         except OSError:
             self._close(connection)
-        while (oldest := self.waiting.oldest_unsent(self.max_unsent)) is not None:
-            self._drop(oldest, CROWDED)
 
     def _after_response(self, connection: Connection, *, renewed: bool = False) -> None:
         """Go on with the next request, or close; raises ``OSError``."""
