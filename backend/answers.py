@@ -55,7 +55,15 @@ def _hide(known: Any, metadata: dict[str, Any]) -> None:
 def write_events(events: Iterator[Event | None], request_id: str) -> Iterator[str]:
     """``POST /crane/run``'s own: each event under its name."""
     for told in events:
-        yield IDLE if told is None else event(to_json(told.data), told.kind)
+        yield IDLE if told is None else _written(told)
+
+
+def _written(told: Event) -> str:
+    """An event as text, and no more of its output than that, which its client may read slowly."""
+    text = event(to_json(told.data), told.kind)
+    if told.kind == "output":
+        told.data.clear()
+    return text
 
 
 def write_error(error: CraneError, request_id: str) -> str:
@@ -72,8 +80,8 @@ def streamed(
     """
     known: Any = g._get_current_object()
     parts = crane()
-    asked = _asked(known)
-    events = stream_model(parts, **asked)
+    events = stream_model(parts, **_asked(known))
+    del known.body  # whose input would stay until the stream's end
 
     def seen() -> Iterator[Event | None]:
         for told in chain([first], events):

@@ -96,6 +96,7 @@ def stream_model(
     ``charge`` is settled before the output is told, which its caller may take minutes to read.
     """
     asked = Asked(crane, model_id, input_, options, request_id, caller, repeat, admin, charge)
+    del input_
     with (
         crane.media.reading(caller, caller_socket) as reading,
         closing(crane.engine.stream(asked.call(reading, stream=True), caller_socket)) as stream,
@@ -113,8 +114,11 @@ def stream_model(
     output, metadata = asked.finish(answer)
     if charge is not None:
         charge.settle()
-    yield Event("output", {"output": output})
-    yield Event("done", {"metadata": metadata})
+    told = Event("output", {"output": output})
+    del answer, output  # or they would stay for as long as the client reads
+    yield told
+    told = Event("done", {"metadata": metadata})
+    yield told
 
 
 class Asked:
@@ -178,6 +182,7 @@ class Asked:
         """
         task, options, repeat = self._task, self._options, self._repeat
         inputs = load_inputs(self._config, task, self._input, options, reading, repeat=repeat)
+        self._input = None  # a stream's client may take minutes from now on
         check_logprobs(task, inputs, options, repeat, self._config.max_output)
         self._reserve(inputs)
         self._seeds = draw_seeds(self._task, self._options, len(inputs) * self._repeat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from contextlib import ExitStack
 
@@ -115,3 +116,23 @@ def test_what_a_client_takes_at_once_takes_no_lock():
     with there, unsent._lock, ClientSocket(accepted, Pace(30, 1), "", unsent) as sock:
         sock.sendall(b"all of it")
         assert there.recv(100) == b"all of it"
+
+
+def test_a_stream_keeps_neither_its_input_nor_its_output_once_that_is_written(make_app):
+    body = b'{"model_id": "echo", "input": {"any": [0.8125, 1]}, "stream": true}'
+    client = make_app().test_client()
+    response = client.post("/crane/run", data=body, content_type="application/json")
+
+    def found():
+        gc.collect()  # what the engine in this process has
+        lists = [one for one in gc.get_objects() if type(one) is list and len(one) == 2]
+        return sum(type(one[0]) is float and one[0] == 0.8125 for one in lists)
+
+    for text in response.response:
+        if text.startswith(b"event: output"):
+            assert b"[0.8125,1]" in text
+            assert found() == 0
+            break
+    else:
+        pytest.fail("there was no output")
+    assert b"event: done" in b"".join(response.response)
