@@ -19,6 +19,7 @@ class Guest:
         self.rooms, self.model_id, self.size = rooms, name, size
         self.users, self.used_at, self.pinned = users, used_at, pinned
         self.is_leaving = False
+        self.callers = [name]
         self.asked = []
         self.inside = threading.Event()
 
