@@ -149,7 +149,7 @@ def test_one_callers_schemas_are_compiled_one_at_a_time(own, monkeypatch):
     monkeypatch.setattr(compiler, "MAX_PROCESSES", 2)
     gate, begun = threading.Event(), threading.Event()
 
-    def slow():
+    def slow(size):
         begun.set()
         assert gate.wait(20)
 
@@ -158,9 +158,9 @@ def test_one_callers_schemas_are_compiled_one_at_a_time(own, monkeypatch):
 
     first = submit("many", slow)
     assert begun.wait(20)
-    others = [submit("many", lambda: "late") for _ in range(3)]
-    gone = submit("many", lambda: "in vain", wanted=False)
-    assert submit("few", lambda: "at once").result(20) == "at once"
+    others = [submit("many", lambda size: "late") for _ in range(3)]
+    gone = submit("many", lambda size: "in vain", wanted=False)
+    assert submit("few", lambda size: "at once").result(20) == "at once"
     assert not any(one.done() for one in (first, *others, gone))
     gate.set()
     assert [one.result(20) for one in others] == ["late"] * 3
@@ -178,8 +178,8 @@ def test_two_callers_who_come_at_once_have_a_process_each(own, monkeypatch):
     submit("many", str).result(20)
     wait_for(lambda: own._idle == 1)
     with own._lock:  # both before the thread that waits has woken up
-        held = submit("many", lambda: gate.wait(20))
-        other = submit("few", lambda: "at once")
+        held = submit("many", lambda size: gate.wait(20))
+        other = submit("few", lambda size: "at once")
     try:
         assert other.result(20) == "at once"
     finally:
@@ -215,7 +215,7 @@ def test_a_process_knows_nothing_of_the_services_settings(own, monkeypatch):
     ],
 )
 def test_whatever_happens_as_a_schema_is_compiled_its_caller_has_an_answer(own, error, seen):
-    def build():
+    def build(size):
         raise error
 
     for _ in range(2):
@@ -248,7 +248,7 @@ def test_a_process_ends_at_its_limits_of_memory_and_time(limit, schema, codes, a
 
 def test_a_process_that_has_kept_too_much_ends_once_it_has_answered():
     with started(LIMITED.format(limit="MAX_LEFT = -1")) as (process, link):
-        assert asked(link, {"type": "null"}) == LENGTH.pack(0).decode()
+        assert asked(link, {"type": "null"}).endswith(LENGTH.pack(0).decode())  # no fault
         assert process.wait(20) == 0
 
 
