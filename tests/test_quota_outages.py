@@ -268,17 +268,19 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets = [self._listener]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     def _accept(self):
         while True:
             try:
                 near, _ = self._listener.accept()
+                self._sockets.append(near)
                 far = socket.socket(socket.AF_UNIX)
+                self._sockets.append(far)
                 far.connect(self._path)
             except OSError:
                 return
-            self._sockets += [near, far]
             for pair in ((near, far, False), (far, near, True)):
                 threading.Thread(target=self._pump, args=pair, daemon=True).start()
 
@@ -298,6 +300,8 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)  # which ends its thread's wait
+        self._acceptor.join(30)
         for end in self._sockets:
             end.close()
 
