@@ -253,7 +253,7 @@ class StrictSchema(Schema):
         raise ValidationError(faults)
 
     def _load_fields(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Load an object as marshmallow does where there are only fields, in a third of its time.
+        """Load an object as marshmallow does where there are only fields, in half of its time.
 
         Raises the same ``ValidationError``.
         """

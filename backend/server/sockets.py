@@ -94,7 +94,7 @@ class ClientSocket(socket.socket):
     def hold_head(self) -> None:
         """Keep what is sent next, a response's head, until the first part of its body.
 
-        Both in one packet take half of the time, also of the client.
+        Both in one packet are one system call, and one wake-up of the client.
         """
         self._holds_head = True
 
